@@ -1,0 +1,159 @@
+"""Loading a causal language model, with every refusal in words: path, weights, architecture, code, dtype, device.
+
+Weights come from safetensors only and remote code runs only where it is asked for by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def load_model(
+    name: str | Path,
+    *,
+    revision: str | None,
+    dtype: str | torch.dtype,
+    device: str,
+    remote: bool = False,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode with frozen weights, and its tokenizer.
+
+    Raises FileNotFoundError for a folder that does not exist, ValueError for everything else that can't work.
+    """
+    source = _find(name)
+    config = _config(source, revision, options.get("trust_remote_code", False))
+    where = _device(device)
+    kind = _dtype(dtype, config, where)
+    trusted = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
+    tokenizer = _tokenizer(source, revision, trusted)
+    if remote:  # structure only: the weights stay with the remote service
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=kind, **trusted).eval(), tokenizer
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, revision=revision, dtype=kind, use_safetensors=True, **options
+        )
+    except OSError as error:
+        raise ValueError(f"load: {name} can't be read as safetensors: {_first_line(error)}") from error
+    if "device_map" not in options and "quantization_config" not in options:
+        model = model.to(where)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """16 hex digits over names, shapes, dtypes and values of all parameters.
+
+    Values enter through their exact bytes: all of a small tensor, and of a large one 4,096 elements spread evenly.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        if len(flat) > 65_536:
+            flat = flat[:: len(flat) // 4096]
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        if flat.device.type != "meta":
+            digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def small_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The same architecture and number of layers with narrow random weights, to find its places without its weights."""
+    config = type(model.config)(**model.config.to_dict())
+    text = config.get_text_config()
+    groups = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    text.num_attention_heads, text.hidden_size = 2 * groups, 16 * groups
+    for name, value in {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "ffn_dim": 24}.items():
+        if getattr(text, name, None) is not None:
+            setattr(text, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def _find(name: str | Path) -> str:
+    text = os.path.expanduser(str(name))
+    looks_local = isinstance(name, Path) or text.startswith((".", os.sep)) or text.count("/") > 1 or os.sep == "\\"
+    folder = Path(text)
+    if folder.is_file():
+        raise ValueError(f"load: {name} is a file, expected the folder that holds config.json and the weights.")
+    if not folder.is_dir():
+        if looks_local:
+            raise FileNotFoundError(f"load: there is no folder {name}. Check the path, or give a name on the hub.")
+        return text
+    names = sorted(path.name for path in folder.iterdir())
+    if "config.json" not in names:
+        raise ValueError(f"load: {name} has no config.json, expected a Hugging Face model folder.")
+    if not any(file.endswith(".safetensors") for file in names):
+        other = [file for file in names if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
+        found = f"only {', '.join(other[:3])}" if other else "no weights"
+        raise ValueError(f"load: {name} has {found}, expected *.safetensors. Convert with save_pretrained; pickles are not read.")
+    return text
+
+
+def _config(source: str, revision: str | None, trust: bool) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"load: {source} brings code of its own, which is off. Read it, then pass trust_remote_code=True."
+            ) from error
+        raise ValueError(f"load: no model {source!r} could be read: {_first_line(error)}") from error
+    if getattr(config, "auto_map", None) and not trust:
+        raise ValueError(f"load: {source} brings code of its own, which is off. Read it, then pass trust_remote_code=True.")
+    names = config.architectures or []
+    if config.is_encoder_decoder or any(name.endswith(("ForMaskedLM", "EncoderModel")) for name in names):
+        what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
+        raise ValueError(f"load: {source} is {what} ({', '.join(names)}), expected a decoder: a causal language model.")
+    if type(config) not in AutoModelForCausalLM._model_mapping and not trust:
+        raise ValueError(f"load: {source} is a {config.model_type} model, expected a causal language model.")
+    return config
+
+
+def _tokenizer(source: str, revision: str | None, trusted: dict[str, bool]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, **trusted)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"load: {source} has no tokenizer that can be read: {_first_line(error)}") from error
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        have = "cpu" + ", cuda" * torch.cuda.is_available()
+        raise ValueError(f"load: device {device!r} can't be used here, expected auto, {have}: {_first_line(error)}") from error
+    return found
+
+
+def _dtype(dtype: str | torch.dtype, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"load: got dtype {dtype!r}, expected auto or one of {', '.join(DTYPES)}.")
+    kind = getattr(torch, name)
+    try:
+        one = torch.ones(2, 2, dtype=kind, device=device)
+        (one @ one).sum().item()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"load: device {device} can't compute in {name}. Choose another of {', '.join(DTYPES)}.") from error
+    return kind
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]

@@ -1,0 +1,428 @@
+"""The subject of an experiment: a frozen model with its tokenizer and the proved places in it.
+
+It has a Hugging Face model and never changes it: toggles act inside `with subject.under(...)` and are undone to
+the bit; captures are plain forward hooks that run after all edits, so a capture at an edited site sees the edit.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from workbench.anatomy import Anatomy, add_tap, find_anatomy
+from workbench.capture import Capture, Selection, collect
+from workbench.card import Card, prove
+from workbench.generation import Generation, OnToken, continue_batch, make_chooser, text_of
+from workbench.loading import load_model, model_fingerprint
+from workbench.site import Site
+from workbench.step import Positions, Step, StepWatch, check_positions
+from workbench.tokens import Batch, Texts, Tokens, batches, left_pad, tokenize
+
+if TYPE_CHECKING:
+    import nnsight
+
+    from workbench.toggle import Receipt, Toggle
+
+Edit = Callable[[Tensor, Step], Tensor]
+Rule = Positions | Sequence[int] | Callable[[Step], Tensor]
+
+
+@dataclass(eq=False)
+class _Installed:
+    """An active toggle: its receipt and how to take it back."""
+
+    toggle: Toggle
+    receipt: Receipt
+    undo: ExitStack
+
+
+class Subject:
+    """A frozen causal language model under study. Make one with `load`, `organism` or `tiny`.
+
+    model       the Hugging Face model, untouched       tokenizer   its tokenizer
+    anatomy     its shape and places                    card        what was proved about it at load
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        revision: str | None = None,
+        verify: bool = True,
+        remote: bool | str = False,
+        anatomy: Anatomy | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.revision, self.remote = model, tokenizer, name, revision, remote
+        self.anatomy = anatomy or find_anatomy(model)
+        self._installed: list[_Installed] = []
+        self._watch = StepWatch()
+        self._watching = ExitStack()
+        self.card: Card = prove(self) if verify else Card(name, self.anatomy, checks=())
+
+    # Making one
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        remote: bool | str = False,
+        verify: bool = True,
+        **options: Any,
+    ) -> Subject:
+        """Load a causal language model from a folder or by its name on the Hugging Face hub, and prove its anatomy.
+
+        dtype     "auto" is the checkpoint's own; device "auto" is CUDA where there is one, else the CPU
+        remote    True: capture runs on NDIF, nnsight's remote service; "local" simulates that here
+        verify    False skips the proof (`card` then says so)
+        options   passed to transformers' from_pretrained: device_map, quantization_config, trust_remote_code, ...
+        Raises ValueError or FileNotFoundError with the cure for paths, dtypes and architectures that can't work.
+        """
+        model, tokenizer = load_model(
+            name_or_path, revision=revision, dtype=dtype, device=device, remote=remote is True, **options
+        )
+        anatomy = None
+        if remote is True:  # the weights are elsewhere: find the places in a small copy of the architecture
+            from workbench.loading import small_copy
+
+            anatomy = find_anatomy(small_copy(model))
+        return cls(
+            model,
+            tokenizer,
+            name=str(name_or_path),
+            revision=revision or getattr(model.config, "_commit_hash", None),
+            verify=verify and remote is not True,
+            remote=remote,
+            anatomy=anatomy,
+        )
+
+    @classmethod
+    def organism(cls, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> Subject:
+        """The trained model that the project ships, with known truth behind every probe; offline, about a second."""
+        from workbench.organism import FOLDER
+
+        return cls._named(cls.load(FOLDER, device=device, dtype=dtype), "organism")
+
+    @classmethod
+    def tiny(cls, family: str = "llama", seed: int = 0, *, verify: bool = True) -> Subject:
+        """A tiny model with random weights and the organism's tokenizer; family "organism" is its untrained twin."""
+        from workbench.organism.tiny import tiny_pair
+
+        model, tokenizer = tiny_pair(family, seed)
+        return cls(model, tokenizer, name=f"tiny:{family}:{seed}", verify=verify)
+
+    @classmethod
+    def open(cls, name: str, **options: Any) -> Subject:
+        """The subject that a notebook's parameter names: "organism", "tiny:gpt2", a folder, or a name on the hub."""
+        if name == "organism":
+            return cls.organism(**options)
+        if name.startswith("tiny:"):
+            family, _, seed = name.removeprefix("tiny:").partition(":")
+            return cls.tiny(family, int(seed or 0), **options)
+        return cls.load(name, **options)
+
+    @staticmethod
+    def _named(subject: Subject, name: str) -> Subject:
+        subject.name = subject.card.name = name
+        return subject
+
+    # What it is
+
+    @property
+    def n_layers(self) -> int:
+        return self.anatomy.n_layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def context(self) -> int | None:
+        """The longest text in tokens, or None where the architecture sets no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @functools.cached_property
+    def nn(self) -> nnsight.TransformersModel:
+        """The same weights as an nnsight model, for free-form tracing."""
+        import nnsight
+
+        return nnsight.TransformersModel(self.model, tokenizer=self.tokenizer)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over names, shapes, dtypes and values of the weights: what a direction is bound to."""
+        with self.untoggled():
+            return model_fingerprint(self.model)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, revision, fingerprint, dtype and device as JSON data, for provenance."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "architecture": type(self.model).__name__,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+        }
+
+    def __repr__(self) -> str:
+        toggles = f", under {' | '.join(map(str, self.active))}" if self.active else ""
+        return f"Subject({self.name}: {self.anatomy.summary()}{toggles})"
+
+    # Reading
+
+    def tokenize(self, texts: Texts, *, special: bool = True, cut: bool = False) -> Tokens:
+        """Token ids, character offsets and special-token marks of each text. Errors as in `workbench.tokens`."""
+        return tokenize(self.tokenizer, texts, special=special, context=self.context, cut=cut)
+
+    def capture(
+        self,
+        texts: Texts,
+        at: Sequence[Site],
+        *,
+        tokens: Selection = "all",
+        special: bool = True,
+        cut: bool = False,
+        batch: int = 4096,
+        progress: bool = True,
+    ) -> Capture:
+        """Values at the sites `at`, in one forward per batch of about `batch` tokens; see `Capture` for the shapes.
+
+        tokens    "all"; "last" token of each text; "mean" over each text in float32; or one boolean mask per text
+        special   add the tokenizer's special tokens; they count in "all" and "mean"
+        Memory is one batch plus what was asked for. A capture at an edited site sees the edit.
+        """
+        sites = [at] if isinstance(at, Site) else list(at)
+        if not sites:
+            raise ValueError("capture: got no site, expected at=[Site(layer, kind), ...].")
+        for site in sites:
+            self.anatomy.place(site)
+        made = self.tokenize(texts, special=special, cut=cut)
+        if self.remote:
+            from workbench.remote import capture_remote
+
+            return capture_remote(self, made, sites, tokens, batch)
+        groups = list(batches(made.lengths, batch))
+        forwards = ((one, functools.partial(self._forward, one, logits_to_keep=1)) for one in self._padded(made, groups))
+        return collect(self.model, self.anatomy, sites, made, tokens, forwards, len(groups), progress=progress)
+
+    @torch.no_grad()
+    def predictions(
+        self, texts: Texts, *, special: bool = True, cut: bool = False, batch: int = 2048
+    ) -> Iterator[tuple[int, list[int], Tensor]]:
+        """For each text, in no fixed order: its index, its token ids, and log-probabilities (seq, vocab) in float32.
+
+        Row t holds the prediction made at token t, that is for token t + 1.
+        """
+        made = self.tokenize(texts, special=special, cut=cut)
+        for one in self._padded(made, batches(made.lengths, batch)):
+            logits = self._forward(one).logits
+            for index, row in enumerate(one.rows):
+                yield row, made.ids[row], logits[index, -made.lengths[row] :].float().log_softmax(-1)
+
+    def nll(self, texts: Texts, *, special: bool = True, cut: bool = False) -> Tensor:
+        """(text,) mean negative log-likelihood in nats per token, over the tokens that have one before them."""
+        values = torch.full((len(texts),), torch.nan, dtype=torch.float64)
+        for row, ids, logprobs in self.predictions(texts, special=special, cut=cut):
+            if len(ids) < 2:
+                raise ValueError(f"nll: text {row} has {len(ids)} token, expected at least two.")
+            following = torch.tensor(ids[1:], device=logprobs.device)
+            values[row] = -logprobs[:-1].gather(1, following[:, None]).double().mean()
+        return values
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Texts,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        special: bool = True,
+        use_cache: bool = True,
+        batch: int = 4096,
+        on_token: OnToken | None = None,
+    ) -> Generation:
+        """Continue each prompt by up to `max_new_tokens` tokens: greedy at temperature 0, else sampled from `seed`.
+
+        on_token is called with (index of the prompt, token id, its text) as soon as each token is known.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"generate: got max_new_tokens={max_new_tokens}, expected at least 1.")
+        made = self.tokenize(prompts, special=special)
+        longest = max(made.lengths) + max_new_tokens
+        if self.context is not None and longest > self.context:
+            raise ValueError(
+                f"generate: the longest prompt and max_new_tokens make {longest} tokens, but the context is "
+                f"{self.context}. Ask for at most {self.context - max(made.lengths)} new tokens."
+            )
+        ends, new = self._end_ids(), [[] for _ in made.ids]
+        for one in self._padded(made, batches([length + max_new_tokens for length in made.lengths], batch)):
+            tell = None
+            if on_token:
+                tell = lambda index, token, rows=one.rows: on_token(rows[index], token, text_of(self.tokenizer, [token]))  # noqa: E731
+            with self._watch.prompts(one.mask.sum(1)):
+                ids = continue_batch(
+                    functools.partial(self._next_logits, use_cache),
+                    one,
+                    max_new_tokens=max_new_tokens,
+                    ends=ends,
+                    choose=make_chooser(temperature, seed, one.rows),
+                    pad=self._pad_id(),
+                    use_cache=use_cache,
+                    on_token=tell,
+                )
+            for row, row_ids in zip(one.rows, ids, strict=True):
+                new[row] = row_ids
+        return Generation(
+            prompts=tuple(p if isinstance(p, str) else text_of(self.tokenizer, p) for p in prompts),
+            texts=tuple(text_of(self.tokenizer, ids) for ids in new),
+            ids=tuple(map(tuple, new)),
+            ended=tuple(ids[-1] in ends for ids in new),
+        )
+
+    # Changing
+
+    @property
+    def active(self) -> tuple[Toggle, ...]:
+        """The toggles that act now, in order."""
+        return tuple(item.toggle for item in self._installed)
+
+    @property
+    def receipts(self) -> tuple[Receipt, ...]:
+        """One receipt per active toggle: how often it fired, on how many tokens, how far it moved."""
+        return tuple(item.receipt for item in self._installed)
+
+    @property
+    def receipt(self) -> Receipt:
+        """The receipt of the toggle that is being installed; for `Toggle.install`."""
+        return self._installed[-1].receipt
+
+    @contextmanager
+    def under(self, toggle: Toggle, *, adopt_cache: bool = False) -> Iterator[Subject]:
+        """The subject with `toggle` acting; on leaving, everything is put back to the bit, also after an exception.
+
+        adopt_cache   allow a forward to go on with a key/value cache that was made under other toggles
+        Raises ValueError where two toggles claim the same resource; warns if a toggle never fired.
+        """
+        from workbench.toggle import Receipt, conflicting_claims
+
+        mine: list[_Installed] = []
+        adopted, self._watch.adopt = self._watch.adopt, self._watch.adopt or adopt_cache
+        try:
+            for part in toggle.parts:
+                for other, claim in conflicting_claims(self.active, part):
+                    raise ValueError(f"under: {part} and {other} both claim {claim!r}; only one can act. Leave one out.")
+                mine.append(_Installed(part, Receipt(part), ExitStack()))
+                self._install(mine[-1])
+            yield self
+        finally:
+            self._watch.adopt = adopted
+            for item in reversed(mine):
+                self._remove(item)
+        for item in mine:
+            if not item.receipt.fired:
+                warnings.warn(f"{item.toggle} was active but never fired: it changed nothing.", stacklevel=3)
+
+    @contextmanager
+    def untoggled(self) -> Iterator[Subject]:
+        """The subject without its active toggles, which act again afterwards with the same receipts."""
+        lifted = list(self._installed)
+        for item in reversed(lifted):
+            self._remove(item)
+        try:
+            yield self
+        finally:
+            for item in lifted:
+                self._install(item)
+
+    def edit(self, site: Site, fn: Edit, undo: ExitStack, *, positions: Rule = "all") -> None:
+        """Replace the value at `site` by `fn(value, step)` where the position rule holds; the only value hook.
+
+        value (batch, seq, *width) must not be changed in place. `positions` is a rule of `Step.where`, logical
+        positions, or a function of the step that gives a mask (batch, seq).
+        """
+        rule = positions if callable(positions) else check_positions(positions)
+        receipt = self._installed[-1].receipt if self._installed else None
+
+        def tap(value: Tensor) -> Tensor:
+            step = self._watch.step
+            if step is None:
+                raise RuntimeError(f"{site}: the decoder ran without its trunk; run a forward of the whole model.")
+            acted = rule(step) if callable(rule) else step.where(rule)  # (batch, seq)
+            acted = acted.to(value.device)
+            new = fn(value, step).to(value.dtype)
+            new = torch.where(acted.reshape(*acted.shape, *(1,) * (value.dim() - 2)), new, value)
+            if receipt is not None:
+                receipt.count_edit(value.detach(), new.detach(), acted)
+            return new
+
+        add_tap(self.model, self.anatomy, site, tap, undo)
+
+    # Below: how
+
+    def _install(self, item: _Installed) -> None:
+        if not self._installed:
+            trunk = self.model.get_submodule(self.anatomy.trunk)
+            self._watch.install(trunk, lambda: self.active, self._watching)
+        self._installed.append(item)
+        item.undo = ExitStack()
+        try:
+            item.toggle.install(self, item.undo)
+        except BaseException:
+            self._remove(item)
+            raise
+
+    def _remove(self, item: _Installed) -> None:
+        try:
+            item.undo.close()
+        finally:
+            if item in self._installed:
+                self._installed.remove(item)
+            if not self._installed:
+                self._watching.close()
+
+    @functools.cached_property
+    def _accepts(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.model.forward).parameters)
+
+    def _forward(self, batch: Batch, **options: Any) -> Any:
+        arguments = {"attention_mask": batch.mask.long(), "position_ids": batch.positions, "use_cache": False} | options
+        arguments = {name: value for name, value in arguments.items() if name in self._accepts}
+        return self.model(input_ids=batch.ids, **arguments)
+
+    def _next_logits(self, use_cache: bool, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        output = self._forward(
+            Batch([], ids, mask, positions), use_cache=use_cache, past_key_values=cache, logits_to_keep=1
+        )
+        return output.logits[:, -1], output.past_key_values if use_cache else None
+
+    def _padded(self, tokens: Tokens, groups: Any) -> Iterator[Batch]:
+        return (left_pad(tokens.ids, rows, pad=self._pad_id(), device=self.device) for rows in groups)
+
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0  # masked out everywhere
+
+    def _end_ids(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -1,0 +1,150 @@
+"""A toggle: a reversible change of a model, as a value that is not bound to any model.
+
+`with subject.under(a | b):` installs a, then b, and undoes them in reverse, also after an exception.
+Each change registers its own undo on the next line; a Receipt tells whether the toggle really acted.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from workbench.values import decode, encode
+
+if TYPE_CHECKING:
+    from workbench.subject import Subject
+
+
+class Toggle(ABC):
+    """A reversible change of a model. Subclasses are frozen dataclasses of settings.
+
+    claims   exclusive resources ("kv.select", "kv.store", "ffn.width", ...); two toggles that share a claim
+             can't be active together.
+    local    False if the toggle can also run inside a remote trace (none so far).
+    """
+
+    claims: ClassVar[frozenset[str]] = frozenset()
+    local: ClassVar[bool] = True
+
+    @abstractmethod
+    def install(self, subject: Subject, undo: ExitStack) -> None:
+        """Change `subject`; register on `undo` how to take back each change, on the line after it."""
+
+    @property
+    def parts(self) -> tuple[Toggle, ...]:
+        """The toggles that this one is composed of, in the order in which they act."""
+        return (self,)
+
+    def __or__(self, other: Toggle) -> Toggle:
+        if not isinstance(other, Toggle):
+            return NotImplemented
+        return Composed(self.parts + other.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """This toggle as JSON data, arrays included; `Toggle.from_json` gives it back."""
+        return encode(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Toggle:
+        """The toggle that `to_json` wrote. Its class must be imported."""
+        value = decode(data, _known_values())
+        if not isinstance(value, Toggle):
+            raise ValueError(f"Toggle.from_json: got a {type(value).__name__}, expected a toggle.")
+        return value
+
+
+@dataclass(frozen=True)
+class Composed(Toggle):
+    """Several toggles, the first acts first. Made by `a | b`."""
+
+    members: tuple[Toggle, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Toggle, ...]:
+        return self.members
+
+    def install(self, subject: Subject, undo: ExitStack) -> None:
+        raise AssertionError("Subject.under installs the parts one by one.")
+
+    def __str__(self) -> str:
+        return " | ".join(str(part) for part in self.members) or "nothing"
+
+
+@dataclass(eq=False)
+class Receipt:
+    """Did the toggle apply? One per active toggle, filled in while its block runs.
+
+    fired            how many times the toggle acted (a hook call, a cache update, a swapped parameter)
+    tokens           real tokens acted upon, summed over sites; padding is not counted
+    relative_moved   root of sum |after - before|^2 / sum |before|^2 over everything that was edited
+    bytes_freed      memory given back, for toggles that free some
+    notes            facts in words, such as "2 sliding-window layers left alone"
+    """
+
+    toggle: Toggle
+    fired: int = 0
+    bytes_freed: int = 0
+    notes: list[str] = field(default_factory=list)
+    # Sums stay on the model's device: reading them at every edit would make every forward wait for the GPU.
+    sums: dict[str, torch.Tensor | float] = field(default_factory=lambda: {"tokens": 0, "moved": 0.0, "before": 0.0})
+
+    def count_edit(self, before: torch.Tensor, after: torch.Tensor, acted: torch.Tensor) -> None:
+        """Record one edit: values (batch, seq, ...) before and after, and `acted` (batch, seq) where it applied."""
+        self.fired += 1
+        weight = acted.reshape(acted.shape + (1,) * (before.dim() - 2))
+        self.sums["tokens"] = self.sums["tokens"] + acted.sum()
+        self.sums["moved"] = self.sums["moved"] + ((after - before).float() * weight).square().sum()
+        self.sums["before"] = self.sums["before"] + (before.float() * weight).square().sum()
+
+    @property
+    def tokens(self) -> int:
+        return int(self.sums["tokens"])
+
+    @property
+    def relative_moved(self) -> float:
+        before = float(self.sums["before"])
+        return math.sqrt(float(self.sums["moved"]) / before) if before > 0 else 0.0
+
+    def __str__(self) -> str:
+        facts = [f"fired {self.fired} times"]
+        if self.tokens:
+            facts.append(f"on {self.tokens} tokens")
+        if self.relative_moved:
+            facts.append(f"moved activations by {self.relative_moved:.1%}")
+        if self.bytes_freed:
+            facts.append(f"freed {self.bytes_freed:,} bytes")
+        return f"{self.toggle}: " + ", ".join(facts + self.notes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers of this receipt as JSON data, without the toggle."""
+        return {
+            "fired": self.fired,
+            "tokens": self.tokens,
+            "relative_moved": self.relative_moved,
+            "bytes_freed": self.bytes_freed,
+            "notes": list(self.notes),
+        }
+
+
+def conflicting_claims(active: tuple[Toggle, ...], new: Toggle) -> list[tuple[Toggle, str]]:
+    """Which active toggles hold a claim that `new` needs, with the claim."""
+    return [(toggle, claim) for toggle in active for claim in sorted(toggle.claims & new.claims)]
+
+
+def _known_values() -> dict[str, type]:
+    """Every imported dataclass that a toggle may be made of, by name."""
+    from workbench.directions import Direction
+    from workbench.site import Site
+
+    found: dict[str, type] = {"Site": Site, "Direction": Direction}
+    waiting: list[type] = [Toggle]
+    while waiting:
+        for cls in waiting.pop().__subclasses__():
+            found[cls.__qualname__] = cls
+            waiting.append(cls)
+    return found

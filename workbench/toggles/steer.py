@@ -1,0 +1,186 @@
+"""Steering: push along a direction, remove a direction, or hold neurons at a value.
+
+Steer      x' = x + strength * v                              (activation addition)
+ProjectOut x' = x - (x . r) r, r of norm 1                    (directional ablation)
+Clamp      x'[unit] = value                                   (a lesion where the value is 0 or the unit's mean)
+Source: Turner et al. 2023 (ActAdd); Arditi et al. 2024, section 2.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.directions import Direction
+from workbench.site import Site
+from workbench.step import Positions, Step, check_positions
+from workbench.toggle import Toggle
+
+if TYPE_CHECKING:
+    from workbench.subject import Subject
+
+
+@dataclass(frozen=True)
+class Steer(Toggle):
+    """Add `strength` times a direction at a site.
+
+    direction   a Direction, or any (width,) tensor
+    positions   "all", "prompt", "generated", "last" (the prompt's last token and all later ones), or positions
+    keep_norm   rescale each token's value to the norm that it had
+    """
+
+    direction: Direction
+    at: Site
+    strength: float = 1.0
+    positions: Positions | tuple[int, ...] = "all"
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", _as_direction(self.direction))
+        object.__setattr__(self, "positions", check_positions(self.positions))
+
+    def install(self, subject: Subject, undo: ExitStack) -> None:
+        vector = self.direction.for_subject(subject, self.at)
+        push = (self.strength * vector).reshape(subject.anatomy.width(self.at))
+
+        def edit(value: Tensor, step: Step) -> Tensor:
+            new = value + push.to(value.device, value.dtype)
+            if self.keep_norm and self.strength != 0:  # at strength 0 nothing may change, not even by rounding
+                new = new * (_norm(value) / _norm(new).clamp_min(torch.finfo(new.dtype).tiny))
+            return new
+
+        subject.edit(self.at, edit, undo, positions=self.positions)
+
+    def __str__(self) -> str:
+        where = "" if self.positions == "all" else f", {self.positions}"
+        return f"Steer({self.direction.name or self.direction.digest} x {self.strength:g} at {self.at}{where})"
+
+
+@dataclass(frozen=True)
+class ProjectOut(Toggle):
+    """Remove the component along a direction at each of the sites `at`.
+
+    fraction   1 removes all of the component, 0 none; by default at all positions
+    """
+
+    direction: Direction
+    at: tuple[Site, ...]
+    positions: Positions | tuple[int, ...] = "all"
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", _as_direction(self.direction))
+        object.__setattr__(self, "at", _as_sites(self.at, "ProjectOut"))
+        object.__setattr__(self, "positions", check_positions(self.positions))
+
+    @classmethod
+    def everywhere(cls, subject: Subject, direction: Direction) -> ProjectOut:
+        """Removal from the input of every block and from everything that a block writes."""
+        kinds = ("resid_in", "attn_out", "mlp_out")
+        return cls(direction, tuple(Site(layer, kind) for layer in range(subject.n_layers) for kind in kinds))
+
+    def install(self, subject: Subject, undo: ExitStack) -> None:
+        for site in self.at:
+            unit = self.direction.unit().for_subject(subject, site)
+
+            def edit(value: Tensor, step: Step, unit: Tensor = unit) -> Tensor:
+                flat = value.reshape(*value.shape[:2], -1)
+                along = unit.to(value.device, value.dtype)
+                new = flat - self.fraction * (flat @ along)[..., None] * along
+                return new.reshape(value.shape)
+
+            subject.edit(site, edit, undo, positions=self.positions)
+
+    def __str__(self) -> str:
+        part = "" if self.fraction == 1 else f"{self.fraction:g} of "
+        return f"ProjectOut({part}{self.direction.name or self.direction.digest} at {_listed(self.at)})"
+
+
+@dataclass(frozen=True)
+class Clamp(Toggle):
+    """Hold units (neurons, or any coordinates of a site) at values.
+
+    units    ((site, (index, ...)), ...) or a mapping of site to indices
+    to       one value for all units, or one per unit in the order of `units`
+    """
+
+    units: tuple[tuple[Site, tuple[int, ...]], ...]
+    to: float | tuple[float, ...] = 0.0
+    positions: Positions | tuple[int, ...] = "all"
+
+    def __post_init__(self) -> None:
+        pairs = self.units.items() if isinstance(self.units, Mapping) else self.units
+        units = tuple((site, tuple(int(index) for index in indices)) for site, indices in pairs)
+        object.__setattr__(self, "units", units)
+        object.__setattr__(self, "positions", check_positions(self.positions))
+        count = sum(len(indices) for _, indices in units)
+        if isinstance(self.to, Iterable):
+            object.__setattr__(self, "to", tuple(float(value) for value in self.to))
+            if len(self.to) != count:  # type: ignore[arg-type]
+                raise ValueError(f"Clamp: got {len(self.to)} values for {count} units, expected one value or one per unit.")  # type: ignore[arg-type]
+
+    @classmethod
+    def to_mean(
+        cls,
+        subject: Subject,
+        texts: Sequence[str],
+        units: Mapping[Site, Sequence[int]],
+        positions: Positions | tuple[int, ...] = "all",
+    ) -> Clamp:
+        """Clamp each unit to its mean over all tokens of `texts`: a lesion that keeps the average activity."""
+        sites = list(units)
+        capture = subject.capture(texts, sites)
+        means = [capture[site].double().flatten(1).mean(0)[list(units[site])] for site in sites]
+        pairs = tuple((site, tuple(units[site])) for site in sites)
+        return cls(pairs, tuple(torch.cat(means).tolist()), positions)
+
+    def install(self, subject: Subject, undo: ExitStack) -> None:
+        start = 0
+        for site, indices in self.units:
+            width = subject.anatomy.width(site)
+            count = width[0] if len(width) == 1 else width[0] * width[1]
+            wrong = [index for index in indices if not 0 <= index < count]
+            if wrong:
+                raise ValueError(f"Clamp: got unit {wrong[0]} at {site}, expected 0 to {count - 1} on {subject.name}.")
+            values = self.to[start : start + len(indices)] if isinstance(self.to, tuple) else [self.to] * len(indices)
+            start += len(indices)
+            if not indices:
+                continue
+            index = torch.tensor(indices, device=subject.device)
+            target = torch.tensor(values, device=subject.device, dtype=torch.float64)
+
+            def edit(value: Tensor, step: Step, index: Tensor = index, target: Tensor = target) -> Tensor:
+                flat = value.reshape(*value.shape[:2], -1)
+                held = target.to(value.dtype).expand(*flat.shape[:2], -1)
+                return flat.index_copy(-1, index, held).reshape(value.shape)
+
+            subject.edit(site, edit, undo, positions=self.positions)
+
+    def __str__(self) -> str:
+        count = sum(len(indices) for _, indices in self.units)
+        values = f"{self.to:g}" if isinstance(self.to, float | int) else "given values"
+        return f"Clamp({count} units at {_listed(tuple(site for site, _ in self.units))} to {values})"
+
+
+def _norm(value: Tensor) -> Tensor:
+    return value.flatten(2).norm(dim=-1).reshape(*value.shape[:2], *(1,) * (value.dim() - 2))
+
+
+def _as_direction(direction: Direction | Tensor) -> Direction:
+    return direction if isinstance(direction, Direction) else Direction(direction)
+
+
+def _as_sites(at: Site | Sequence[Site], name: str) -> tuple[Site, ...]:
+    sites = (at,) if isinstance(at, Site) else tuple(at)
+    if not sites:
+        raise ValueError(f"{name}: got no site, expected at least one.")
+    return sites
+
+
+def _listed(sites: tuple[Site, ...]) -> str:
+    return ", ".join(map(str, sites)) if len(sites) <= 3 else f"{len(sites)} sites"

@@ -1,0 +1,124 @@
+"""Texts to batches: token ids with character offsets, batched by token count, padded on the left.
+
+Position always means the place of a real token in its own text, never the column of the padded batch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Texts = Sequence[str] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Token ids of several texts, with the character span of each token; (0, 0) for special tokens."""
+
+    ids: list[list[int]]
+    offsets: list[list[tuple[int, int]]]
+    special: list[list[bool]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A left-padded batch: `rows` are the indices of its texts, `mask` is True at real tokens."""
+
+    rows: list[int]
+    ids: Int[Tensor, "batch seq"]
+    mask: Bool[Tensor, "batch seq"]
+    positions: Int[Tensor, "batch seq"]
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Texts, *, special: bool = True, context: int | None = None, cut: bool = False
+) -> Tokens:
+    """The tokens of `texts`; texts may also be given as token ids, which are taken as they are.
+
+    special   add the tokenizer's own special tokens, such as a begin-of-sequence token
+    cut       cut a text that is longer than `context` instead of raising
+    Raises ValueError for no texts, an empty text, a text beyond the context, a word the vocabulary lacks.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"texts: got one string, expected a list of texts. Write [{texts[:30]!r}].")
+    if len(texts) == 0:
+        raise ValueError("texts: got an empty list, expected at least one text.")
+    made = [_encode(tokenizer, text, special) for text in texts]
+    for index, (ids, _, _) in enumerate(made):
+        if not ids:
+            raise ValueError(f"texts: text {index} is empty, expected at least one token. Leave it out.")
+        if context is not None and len(ids) > context and not cut:
+            raise ValueError(
+                f"texts: text {index} has {len(ids)} tokens, but the model's context is {context}. "
+                "Shorten it, or pass cut=True where that is offered."
+            )
+    end = context if cut else None
+    return Tokens(*([part[:end] for part in column] for column in zip(*made, strict=True)))
+
+
+def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices of texts grouped so that each padded batch has at most `limit` tokens (or one text), longest first."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while order:
+        longest = lengths[order[0]]
+        count = max(1, limit // longest)
+        yield order[:count]
+        order = order[count:]
+
+
+def left_pad(ids: Sequence[Sequence[int]], rows: list[int], *, pad: int, device: torch.device) -> Batch:
+    """The chosen rows of `ids` as one batch; positions of padding are 0 and masked."""
+    width = max(len(ids[row]) for row in rows)
+    gaps = torch.tensor([width - len(ids[row]) for row in rows])
+    matrix = torch.tensor([[pad] * (width - len(ids[row])) + list(ids[row]) for row in rows])
+    column = torch.arange(width)
+    mask = column >= gaps[:, None]  # (batch, seq)
+    positions = (column - gaps[:, None]).clamp_min(0)
+    return Batch(rows, matrix.to(device), mask.to(device), positions.to(device))
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str | Sequence[int], special: bool
+) -> tuple[list[int], list[tuple[int, int]], list[bool]]:
+    if not isinstance(text, str):
+        ids = [int(token) for token in text]
+        return ids, [(0, 0)] * len(ids), [False] * len(ids)
+    if tokenizer.is_fast:
+        made = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
+        ids, marks = list(made["input_ids"]), [bool(mark) for mark in made["special_tokens_mask"]]
+        offsets = [(0, 0) if mark else tuple(span) for span, mark in zip(made["offset_mapping"], marks, strict=True)]
+    else:  # a slow tokenizer knows no offsets; what needs them says so
+        ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+        marks = [bool(mark) for mark in tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)]
+        offsets = [(0, 0)] * len(ids)
+    _refuse_unknown(tokenizer, text, ids, offsets)
+    return ids, offsets, marks
+
+
+def _refuse_unknown(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], offsets: list[tuple[int, int]]
+) -> None:
+    """An unknown token would silently stand for another word: name it, with the nearest words that are known."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown not in ids or str(tokenizer.unk_token) in text:
+        return
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # GPT-2 uses one token for all of them
+        return
+    low, high = offsets[ids.index(unknown)]
+    word = text[low:high] or text
+    near = difflib.get_close_matches(word, tokenizer.get_vocab(), n=3, cutoff=0.5)
+    advice = f" Nearest known: {', '.join(near)}." if near else " No known word is near."
+    raise ValueError(f"texts: {word!r} is not in this model's vocabulary, expected known words.{advice}")
