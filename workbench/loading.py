@@ -74,7 +74,7 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
     groups = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     text.num_attention_heads, text.hidden_size = 2 * groups, 16 * groups
     for name, value in {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "ffn_dim": 24}.items():
-        if getattr(text, name, None) is not None:
+        if vars(text).get(name) is not None:
             setattr(text, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

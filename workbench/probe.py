@@ -94,6 +94,11 @@ class Probe(ABC):
     def null(cls, seed: int = 0) -> Planted:
         """The same input without the signal: the probe must stay silent."""
 
+    @classmethod
+    @abstractmethod
+    def example(cls, subject: Subject) -> tuple[Probe, Any]:
+        """Small settings and data that run on any subject in about a second: for contract tests and a first look."""
+
 
 LIBRARIES = ("workbench", "torch", "transformers", "numpy", "nnsight", "plotly", "triton")
 

@@ -60,6 +60,7 @@ class Result(ABC):
     provenance: Provenance | None = field(default=None, repr=False)
 
     columns: ClassVar[tuple[str, ...]] = ()  # of table(), documented by each subclass
+    clocks: ClassVar[tuple[str, ...]] = ()  # fields that hold measured times: the only ones that no seed decides
 
     @abstractmethod
     def table(self) -> pd.DataFrame:

@@ -106,10 +106,10 @@ class StepWatch:
 
     def install(self, trunk: nn.Module, conditions: Any, undo: ExitStack) -> None:
         """Watch `trunk`; `conditions()` tells what is active, comparable and printable."""
-        signature = inspect.signature(trunk.forward)
+        signature = inspect.signature(type(trunk).forward)  # of the class: nnsight wraps the bound method
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = signature.bind_partial(*args, **kwargs).arguments
+            given = signature.bind_partial(trunk, *args, **kwargs).arguments
             self.step = self._read(given | given.pop("kwargs", {}), conditions())
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -218,9 +218,9 @@ class Subject:
             self.anatomy.place(site)
         made = self.tokenize(texts, special=special, cut=cut)
         if self.remote:
-            from workbench.remote import capture_remote
+            from workbench.remote import capture_by_trace
 
-            return capture_remote(self, made, sites, tokens, batch)
+            return capture_by_trace(self, made, sites, tokens, batch=batch, remote=self.remote)
         groups = list(batches(made.lengths, batch))
         forwards = ((one, functools.partial(self._forward, one, logits_to_keep=1)) for one in self._padded(made, groups))
         return collect(self.model, self.anatomy, sites, made, tokens, forwards, len(groups), progress=progress)
@@ -287,7 +287,7 @@ class Subject:
                     max_new_tokens=max_new_tokens,
                     ends=ends,
                     choose=make_chooser(temperature, seed, one.rows),
-                    pad=self._pad_id(),
+                    pad=self.pad_id,
                     use_cache=use_cache,
                     on_token=tell,
                 )
@@ -402,12 +402,13 @@ class Subject:
                 self._watching.close()
 
     @functools.cached_property
-    def _accepts(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.model.forward).parameters)
+    def accepts(self) -> frozenset[str]:
+        """Names of the arguments that the model's forward takes."""
+        return frozenset(inspect.signature(type(self.model).forward).parameters)
 
     def _forward(self, batch: Batch, **options: Any) -> Any:
         arguments = {"attention_mask": batch.mask.long(), "position_ids": batch.positions, "use_cache": False} | options
-        arguments = {name: value for name, value in arguments.items() if name in self._accepts}
+        arguments = {name: value for name, value in arguments.items() if name in self.accepts}
         return self.model(input_ids=batch.ids, **arguments)
 
     def _next_logits(self, use_cache: bool, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
@@ -417,10 +418,12 @@ class Subject:
         return output.logits[:, -1], output.past_key_values if use_cache else None
 
     def _padded(self, tokens: Tokens, groups: Any) -> Iterator[Batch]:
-        return (left_pad(tokens.ids, rows, pad=self._pad_id(), device=self.device) for rows in groups)
+        return (left_pad(tokens.ids, rows, pad=self.pad_id, device=self.device) for rows in groups)
 
-    def _pad_id(self) -> int:
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0  # masked out everywhere
+    @property
+    def pad_id(self) -> int:
+        """The token id that fills padding; its value never matters, as padding is masked everywhere."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
     def _end_ids(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else None

@@ -35,6 +35,16 @@ class Toggle(ABC):
     def install(self, subject: Subject, undo: ExitStack) -> None:
         """Change `subject`; register on `undo` how to take back each change, on the line after it."""
 
+    @classmethod
+    @abstractmethod
+    def examples(cls, subject: Subject) -> tuple[Toggle, ...]:
+        """Settings that change what `subject` predicts: for contract tests and a first look."""
+
+    @classmethod
+    @abstractmethod
+    def neutral(cls, subject: Subject) -> Toggle:
+        """The setting that changes nothing: under it the logits are bit-equal."""
+
     @property
     def parts(self) -> tuple[Toggle, ...]:
         """The toggles that this one is composed of, in the order in which they act."""
@@ -70,6 +80,14 @@ class Composed(Toggle):
 
     def install(self, subject: Subject, undo: ExitStack) -> None:
         raise AssertionError("Subject.under installs the parts one by one.")
+
+    @classmethod
+    def examples(cls, subject: Subject) -> tuple[Toggle, ...]:
+        return ()  # its parts have their own
+
+    @classmethod
+    def neutral(cls, subject: Subject) -> Toggle:
+        return cls()
 
     def __str__(self) -> str:
         return " | ".join(str(part) for part in self.members) or "nothing"

@@ -56,6 +56,17 @@ class Steer(Toggle):
 
         subject.edit(self.at, edit, undo, positions=self.positions)
 
+    @classmethod
+    def examples(cls, subject: Subject) -> tuple[Toggle, ...]:
+        at = Site(subject.n_layers // 2, "resid_out")
+        vector = _example_vector(subject)
+        rules: tuple[Positions | tuple[int, ...], ...] = ("all", "prompt", "generated", "last", (0, 2))
+        return (*(cls(vector, at, 4.0, rule) for rule in rules), cls(vector, at, 4.0, keep_norm=True))
+
+    @classmethod
+    def neutral(cls, subject: Subject) -> Toggle:
+        return cls(_example_vector(subject), Site(0, "resid_out"), strength=0.0, keep_norm=True)
+
     def __str__(self) -> str:
         where = "" if self.positions == "all" else f", {self.positions}"
         return f"Steer({self.direction.name or self.direction.digest} x {self.strength:g} at {self.at}{where})"
@@ -95,6 +106,15 @@ class ProjectOut(Toggle):
                 return new.reshape(value.shape)
 
             subject.edit(site, edit, undo, positions=self.positions)
+
+    @classmethod
+    def examples(cls, subject: Subject) -> tuple[Toggle, ...]:
+        vector = _example_vector(subject)
+        return cls.everywhere(subject, vector), cls(vector, (Site(0, "mlp_out"),), "last", 0.5)
+
+    @classmethod
+    def neutral(cls, subject: Subject) -> Toggle:
+        return cls(_example_vector(subject), (Site(0, "resid_in"),), fraction=0.0)
 
     def __str__(self) -> str:
         part = "" if self.fraction == 1 else f"{self.fraction:g} of "
@@ -161,10 +181,25 @@ class Clamp(Toggle):
 
             subject.edit(site, edit, undo, positions=self.positions)
 
+    @classmethod
+    def examples(cls, subject: Subject) -> tuple[Toggle, ...]:
+        kinds = ("neurons", "heads") if subject.anatomy.d_mlp else ("heads",)
+        sites = tuple(Site(subject.n_layers // 2, kind) for kind in kinds)  # type: ignore[arg-type]
+        return tuple(cls(((site, (0, 3, 7)),), (1.0, -1.0, 0.5)) for site in sites)
+
+    @classmethod
+    def neutral(cls, subject: Subject) -> Toggle:
+        return cls(((Site(0, "heads"), ()),))
+
     def __str__(self) -> str:
         count = sum(len(indices) for _, indices in self.units)
         values = f"{self.to:g}" if isinstance(self.to, float | int) else "given values"
         return f"Clamp({count} units at {_listed(tuple(site for site, _ in self.units))} to {values})"
+
+
+def _example_vector(subject: Subject) -> Direction:
+    noise = torch.randn(subject.anatomy.d_model, generator=torch.Generator().manual_seed(0))
+    return Direction(noise, name="random")
 
 
 def _norm(value: Tensor) -> Tensor:

@@ -1,0 +1,33 @@
+"""Bytes that a key/value cache holds, counted by storage: a view must not pass for memory given back.
+
+bytes = sum over distinct storages of their size, scales and indices of packed layers included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all distinct tensor storages that the layers of a transformers Cache hold."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(cache)}
+    return sum(storages.values())
+
+
+def _tensors(cache: Any) -> Iterator[Tensor]:
+    waiting = [vars(layer) for layer in cache.layers]
+    seen: set[int] = set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, list | tuple):
+            waiting.extend(item)
+        elif type(item).__module__.startswith("workbench") and id(item) not in seen:  # a part of one of our layers
+            seen.add(id(item))
+            waiting.append(vars(item))
