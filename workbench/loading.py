@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -41,11 +45,15 @@ def load_model(
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=kind, **trusted).eval(), tokenizer
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, revision=revision, dtype=kind, use_safetensors=True, **options
-        )
-    except OSError as error:
+        with _bar_only_if_long(source):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, config=config, revision=revision, dtype=kind, use_safetensors=True, output_loading_info=True, **options
+            )
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"load: {name} can't be read as safetensors: {_first_line(error)}") from error
+    absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
+    if absent:  # transformers would fill them with random numbers and only warn
+        raise ValueError(f"load: {name} lacks weights that its config asks for, such as {absent[0]} ({len(absent)} in all).")
     if "device_map" not in options and "quantization_config" not in options:
         model = model.to(where)
     return model.eval().requires_grad_(False), tokenizer
@@ -79,6 +87,21 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@contextmanager
+def _bar_only_if_long(source: str) -> Iterator[None]:
+    """Keep transformers' progress bar off where a local folder loads in a moment."""
+    folder = Path(source)
+    short = folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 200e6
+    if not short or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _find(name: str | Path) -> str:

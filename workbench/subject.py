@@ -51,6 +51,7 @@ class Subject:
 
     model       the Hugging Face model, untouched       tokenizer   its tokenizer
     anatomy     its shape and places                    card        what was proved about it at load
+    fingerprint 16 hex digits over its weights: what a direction found on it is bound to
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Subject:
     ) -> None:
         self.model, self.tokenizer, self.name, self.revision, self.remote = model, tokenizer, name, revision, remote
         self.anatomy = anatomy or find_anatomy(model)
+        self.fingerprint = model_fingerprint(model)
         self._installed: list[_Installed] = []
         self._watch = StepWatch()
         self._watching = ExitStack()
@@ -166,12 +168,6 @@ class Subject:
         import nnsight
 
         return nnsight.TransformersModel(self.model, tokenizer=self.tokenizer)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits over names, shapes, dtypes and values of the weights: what a direction is bound to."""
-        with self.untoggled():
-            return model_fingerprint(self.model)
 
     def describe(self) -> dict[str, Any]:
         """Name, revision, fingerprint, dtype and device as JSON data, for provenance."""

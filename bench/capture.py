@@ -1,0 +1,103 @@
+"""Capture against plain forward hooks: time as a ratio, and peak memory against what was asked for.
+
+    python bench/capture.py
+
+Time: the same forwards with hand-written hooks that keep the same values, alternating, medians of the rounds.
+Memory: peak of live tensors made by capture, as PyTorch's dispatcher sees them, over texts of three corpus sizes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from workbench import Site, Subject
+from workbench.probes.cost import AllocationMeter
+from workbench.tokens import batches, left_pad
+
+ROUNDS = 7
+BATCH = 2048
+
+
+def realistic_subject() -> Subject:
+    """A random model of 8 blocks, d_model 512, wide enough for the forward to be the cost."""
+    config = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+    )
+    torch.manual_seed(0)
+    return Subject(LlamaForCausalLM(config).eval(), Subject.tiny().tokenizer, name="random-512")
+
+
+def texts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 120, (count,), generator=generator).tolist()
+    return [torch.randint(5, 1200, (length,), generator=generator).tolist() for length in lengths]
+
+
+def raw_hooks(subject: Subject, ids: list[list[int]], layers: list[int]) -> dict[int, torch.Tensor]:
+    """What a careful user writes: batches, one hook per layer, real tokens kept."""
+    kept: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    mask: torch.Tensor
+
+    def keep(layer: int):
+        return lambda module, args: kept[layer].append(args[0][mask])
+
+    blocks = subject.model.model.layers
+    handles = [blocks[layer].mlp.down_proj.register_forward_pre_hook(keep(layer)) for layer in layers]
+    with torch.no_grad():
+        for rows in batches([len(one) for one in ids], BATCH):
+            batch = left_pad(ids, rows, pad=0, device=torch.device("cpu"))
+            mask = batch.mask
+            subject.model(
+                input_ids=batch.ids,
+                attention_mask=mask.long(),
+                position_ids=batch.positions,
+                use_cache=False,
+                logits_to_keep=1,
+            )
+    for handle in handles:
+        handle.remove()
+    return {layer: torch.cat(values) for layer, values in kept.items()}
+
+
+def timed(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    subject, ids = realistic_subject(), texts(120)
+    layers = list(range(subject.n_layers))
+    sites = [Site(layer, "neurons") for layer in layers]
+    ours = lambda: subject.capture(ids, sites, batch=BATCH, progress=False)  # noqa: E731
+    theirs = lambda: raw_hooks(subject, ids, layers)  # noqa: E731
+    one, other = ours(), theirs()  # warm-up, and the check that both keep the same values
+    for site in sites:
+        torch.testing.assert_close(one[site].sum(0), other[site.layer].sum(0), rtol=1e-3, atol=1e-2)
+    times = [(timed(ours), timed(theirs)) for _ in range(ROUNDS)]
+    ratios = [mine / raw for mine, raw in times]
+    print(f"capture     {statistics.median(mine for mine, _ in times):.3f} s   neurons of {len(layers)} blocks, 120 texts")
+    print(f"raw hooks   {statistics.median(raw for _, raw in times):.3f} s")
+    print(f"ratio       {statistics.median(ratios):.3f}     (range {min(ratios):.3f} to {max(ratios):.3f}; aim <= 1.1)")
+    print()
+    print("texts    asked for     peak           beyond what was asked for")
+    for count in (40, 120, 360):
+        some = texts(count)
+        with AllocationMeter() as meter:
+            made = subject.capture(some, sites, tokens="mean", batch=BATCH, progress=False)
+        asked = sum(value.nbytes for value in made.values.values())
+        print(f"{count:<8} {asked / 1e6:8.2f} MB {meter.peak_bytes / 1e6:8.2f} MB  {(meter.peak_bytes - asked) / 1e6:8.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
