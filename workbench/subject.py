@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,32 +17,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from workbench.anatomy import Anatomy, add_tap, find_anatomy
+from workbench.anatomy import Anatomy, find_anatomy
 from workbench.capture import Capture, Selection, collect
 from workbench.card import Card, prove
 from workbench.generation import Generation, OnToken, continue_batch, make_chooser, text_of
 from workbench.loading import load_model, model_fingerprint
 from workbench.site import Site
-from workbench.step import Positions, Step, StepWatch, check_positions
+from workbench.stack import Edit, Rule, ToggleStack
 from workbench.tokens import Batch, Texts, Tokens, batches, left_pad, tokenize
 
 if TYPE_CHECKING:
     import nnsight
 
     from workbench.toggle import Receipt, Toggle
-
-Edit = Callable[[Tensor, Step], Tensor]
-Rule = Positions | Sequence[int] | Callable[[Step], Tensor]
-
-
-@dataclass(eq=False)
-class _Installed:
-    """An active toggle: its receipt and how to take it back."""
-
-    toggle: Toggle
-    receipt: Receipt
-    undo: ExitStack
-
 
 class Subject:
     """A frozen causal language model under study. Make one with `load`, `organism` or `tiny`.
@@ -68,9 +53,7 @@ class Subject:
         self.model, self.tokenizer, self.name, self.revision, self.remote = model, tokenizer, name, revision, remote
         self.anatomy = anatomy or find_anatomy(model)
         self.fingerprint = model_fingerprint(model)
-        self._installed: list[_Installed] = []
-        self._watch = StepWatch()
-        self._watching = ExitStack()
+        self._stack = ToggleStack(self)
         self.card: Card = prove(self) if verify else Card(name, self.anatomy, checks=())
 
     # Making one
@@ -276,7 +259,7 @@ class Subject:
             tell = None
             if on_token:
                 tell = lambda index, token, rows=one.rows: on_token(rows[index], token, text_of(self.tokenizer, [token]))  # noqa: E731
-            with self._watch.prompts(one.mask.sum(1)):
+            with self._stack.watch.prompts(one.mask.sum(1)):
                 ids = continue_batch(
                     functools.partial(self._next_logits, use_cache),
                     one,
@@ -301,17 +284,17 @@ class Subject:
     @property
     def active(self) -> tuple[Toggle, ...]:
         """The toggles that act now, in order."""
-        return tuple(item.toggle for item in self._installed)
+        return self._stack.active
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:
         """One receipt per active toggle: how often it fired, on how many tokens, how far it moved."""
-        return tuple(item.receipt for item in self._installed)
+        return self._stack.receipts
 
     @property
     def receipt(self) -> Receipt:
         """The receipt of the toggle that is being installed; for `Toggle.install`."""
-        return self._installed[-1].receipt
+        return self._stack.receipts[-1]
 
     @contextmanager
     def under(self, toggle: Toggle, *, adopt_cache: bool = False) -> Iterator[Subject]:
@@ -320,36 +303,14 @@ class Subject:
         adopt_cache   allow a forward to go on with a key/value cache that was made under other toggles
         Raises ValueError where two toggles claim the same resource; warns if a toggle never fired.
         """
-        from workbench.toggle import Receipt, conflicting_claims
-
-        mine: list[_Installed] = []
-        adopted, self._watch.adopt = self._watch.adopt, self._watch.adopt or adopt_cache
-        try:
-            for part in toggle.parts:
-                for other, claim in conflicting_claims(self.active, part):
-                    raise ValueError(f"under: {part} and {other} both claim {claim!r}; only one can act. Leave one out.")
-                mine.append(_Installed(part, Receipt(part), ExitStack()))
-                self._install(mine[-1])
+        with self._stack.under(toggle, adopt_cache=adopt_cache):
             yield self
-        finally:
-            self._watch.adopt = adopted
-            for item in reversed(mine):
-                self._remove(item)
-        for item in mine:
-            if not item.receipt.fired:
-                warnings.warn(f"{item.toggle} was active but never fired: it changed nothing.", stacklevel=3)
 
     @contextmanager
     def untoggled(self) -> Iterator[Subject]:
         """The subject without its active toggles, which act again afterwards with the same receipts."""
-        lifted = list(self._installed)
-        for item in reversed(lifted):
-            self._remove(item)
-        try:
+        with self._stack.lifted():
             yield self
-        finally:
-            for item in lifted:
-                self._install(item)
 
     def edit(self, site: Site, fn: Edit, undo: ExitStack, *, positions: Rule = "all") -> None:
         """Replace the value at `site` by `fn(value, step)` where the position rule holds; the only value hook.
@@ -357,45 +318,9 @@ class Subject:
         value (batch, seq, *width) must not be changed in place. `positions` is a rule of `Step.where`, logical
         positions, or a function of the step that gives a mask (batch, seq).
         """
-        rule = positions if callable(positions) else check_positions(positions)
-        receipt = self._installed[-1].receipt if self._installed else None
-
-        def tap(value: Tensor) -> Tensor:
-            step = self._watch.step
-            if step is None:
-                raise RuntimeError(f"{site}: the decoder ran without its trunk; run a forward of the whole model.")
-            acted = rule(step) if callable(rule) else step.where(rule)  # (batch, seq)
-            acted = acted.to(value.device)
-            new = fn(value, step).to(value.dtype)
-            new = torch.where(acted.reshape(*acted.shape, *(1,) * (value.dim() - 2)), new, value)
-            if receipt is not None:
-                receipt.count_edit(value.detach(), new.detach(), acted)
-            return new
-
-        add_tap(self.model, self.anatomy, site, tap, undo)
+        self._stack.edit(site, fn, undo, positions=positions)
 
     # Below: how
-
-    def _install(self, item: _Installed) -> None:
-        if not self._installed:
-            trunk = self.model.get_submodule(self.anatomy.trunk)
-            self._watch.install(trunk, lambda: self.active, self._watching)
-        self._installed.append(item)
-        item.undo = ExitStack()
-        try:
-            item.toggle.install(self, item.undo)
-        except BaseException:
-            self._remove(item)
-            raise
-
-    def _remove(self, item: _Installed) -> None:
-        try:
-            item.undo.close()
-        finally:
-            if item in self._installed:
-                self._installed.remove(item)
-            if not self._installed:
-                self._watching.close()
 
     @functools.cached_property
     def accepts(self) -> frozenset[str]:

@@ -247,8 +247,22 @@ def test_two_toggles_with_one_claim_are_refused() -> None:
 def test_a_toggle_that_never_fired_warns() -> None:
     subject = subject_of("llama")
     toggle = TOGGLES[0].examples(subject)[0]
-    with pytest.warns(UserWarning, match="never fired"), subject.under(toggle):
+    with pytest.warns(UserWarning, match="never fired") as caught, subject.under(toggle):
         pass
+    assert caught[0].filename == __file__, "the warning should point at the user's with"
+
+
+def test_an_edit_without_a_toggle_knows_its_positions_too() -> None:
+    from workbench import Site
+
+    subject, site = subject_of("llama"), Site(1, "resid_out")
+    plain = subject.capture(texts(), [site])
+    with ExitStack() as undo:
+        subject.edit(site, lambda value, step: value + 1, undo, positions=lambda step: step.positions == 2)
+        edited = subject.capture(texts(), [site])
+    moved = (edited[site] - plain[site]).abs().sum(-1) > 0.5
+    assert torch.equal(moved, plain.position == 2)
+    assert torch.equal(subject.capture(texts(), [site])[site], plain[site])
 
 
 def test_a_cache_made_under_other_toggles_is_refused_unless_adopted() -> None:

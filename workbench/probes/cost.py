@@ -87,25 +87,49 @@ class CostResult(Result):
         return table[list(self.columns)]
 
     def plot(self, view: str = "predictions", **options: Any) -> Figure:
-        """view "predictions": nll and KL; "resources": time and memory relative to the untoggled subject."""
-        if view not in self.views()["view"]:
-            raise ValueError(f"plot: got view {view!r}, expected one of {', '.join(self.views()['view'])}.")
-        table = self.table().set_index("measure")
-        if view == "resources":
-            rows = table.loc[["cache_bytes", "peak_bytes", "prefill_ms", "decode_ms_per_token"]].reset_index()
-            rows[["low", "high"]] = rows[["low", "high"]].div(rows["base"], axis=0)
-            title = f"Under {self.toggles} the cache takes {rows['ratio'][0]:.2f} x and a token {rows['ratio'][3]:.2f} x"
-            return plots.bars(
-                rows, "measure", "ratio", "low", "high", title=title + " of the untoggled model's", y_title="ratio to untoggled"
-            )
+        """predictions: loss and KL · resources: time and memory relative to the untoggled subject · texts: each text."""
+        drawings = {"predictions": self._plot_predictions, "resources": self._plot_resources, "texts": self._plot_texts}
+        if view not in drawings:
+            raise ValueError(f"plot: got view {view!r}, expected one of {', '.join(drawings)}.")
+        return drawings[view](self.table().set_index("measure"))
+
+    def views(self) -> dict[str, list[Any]]:
+        return {"view": ["predictions", "resources", "texts"]}
+
+    def _plot_predictions(self, table: pd.DataFrame) -> Figure:
         before, after = table.loc["perplexity", "base"], table.loc["perplexity", "value"]
         share = table.loc["top1_agreement", "value"]
         title = f"Under {self.toggles} perplexity goes from {before:.2f} to {after:.2f}; {share:.0%} of top tokens stay"
-        rows = table.loc[["nll", "kl"]].reset_index()
-        return plots.bars(rows, "measure", "value", "low", "high", title=title, y_title="nats per token")
+        rows = [
+            ("loss, untoggled", "untoggled", *self._mean(self.base_nll)),
+            ("loss, toggled", "toggled", *self._mean(self.nll)),
+            ("KL from untoggled", "toggled", *self._mean(self.kl)),
+        ]
+        drawn = pd.DataFrame(rows, columns=["what", "side", "value", "low", "high"])
+        return plots.bars(
+            drawn, "what", "value", "low", "high", color="side", title=title, x_title="", y_title="nats per token"
+        )
 
-    def views(self) -> dict[str, list[Any]]:
-        return {"view": ["predictions", "resources"]}
+    def _plot_resources(self, table: pd.DataFrame) -> Figure:
+        names = {
+            "cache_bytes": "cache bytes",
+            "peak_bytes": "peak bytes",
+            "prefill_ms": "prefill time",
+            "decode_ms_per_token": "time per token",
+        }
+        rows = table.loc[list(names)].reset_index()
+        rows = rows.assign(what=rows["measure"].map(names), low=rows["low"] / rows["base"], high=rows["high"] / rows["base"])
+        title = f"Under {self.toggles} the cache takes {rows['ratio'][0]:.2f} x and a token {rows['ratio'][3]:.2f} x"
+        return plots.bars(
+            rows, "what", "ratio", "low", "high", title=f"{title} of the untoggled model's", x_title="", y_title="ratio"
+        )
+
+    def _plot_texts(self, table: pd.DataFrame) -> Figure:
+        drawn = pd.DataFrame({"untoggled": self.base_nll, "toggled": self.nll, "text": np.arange(len(self.nll)).astype(str)})
+        worse = int((self.nll > self.base_nll).sum())
+        title = f"Under {self.toggles} {worse} of {len(self.nll)} texts are predicted worse than without"
+        axes = {"x_title": "loss untoggled (nats per token)", "y_title": "loss toggled (nats per token)"}
+        return plots.scatter(drawn, "untoggled", "toggled", text="text", title=title, **axes)
 
     def _mean(self, values: np.ndarray, transform: Callable | None = None) -> tuple[float, float, float]:
         """Token-weighted mean over texts with its interval: each text is drawn together with its weight."""
