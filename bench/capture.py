@@ -2,19 +2,18 @@
 
     python bench/capture.py
 
-Time: the same forwards with hand-written hooks that keep the same values, alternating, medians of the rounds.
+Time: the same forwards with hand-written hooks that keep the same values, in turns, medians.
 Memory: peak of live tensors made by capture, as PyTorch's dispatcher sees them, over texts of three corpus sizes.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import torch
+from _timing import medians, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench import Site, Subject
+from workbench.capture import Capture
 from workbench.probes.cost import AllocationMeter
 from workbench.tokens import batches, left_pad
 
@@ -69,34 +68,35 @@ def raw_hooks(subject: Subject, ids: list[list[int]], layers: list[int]) -> dict
     return {layer: torch.cat(values) for layer, values in kept.items()}
 
 
-def timed(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     subject, ids = realistic_subject(), texts(120)
     layers = list(range(subject.n_layers))
     sites = [Site(layer, "neurons") for layer in layers]
-    ours = lambda: subject.capture(ids, sites, batch=BATCH, progress=False)  # noqa: E731
-    theirs = lambda: raw_hooks(subject, ids, layers)  # noqa: E731
-    one, other = ours(), theirs()  # warm-up, and the check that both keep the same values
-    for site in sites:
+
+    def ours() -> Capture:
+        return subject.capture(ids, sites, batch=BATCH, progress=False)
+
+    def theirs() -> dict[int, torch.Tensor]:
+        return raw_hooks(subject, ids, layers)
+
+    one, other = ours(), theirs()
+    for site in sites:  # both must keep the same values, in whatever order
         torch.testing.assert_close(one[site].sum(0), other[site.layer].sum(0), rtol=1e-3, atol=1e-2)
-    times = [(timed(ours), timed(theirs)) for _ in range(ROUNDS)]
-    ratios = [mine / raw for mine, raw in times]
-    print(f"capture     {statistics.median(mine for mine, _ in times):.3f} s   neurons of {len(layers)} blocks, 120 texts")
-    print(f"raw hooks   {statistics.median(raw for _, raw in times):.3f} s")
-    print(f"ratio       {statistics.median(ratios):.3f}     (range {min(ratios):.3f} to {max(ratios):.3f}; aim <= 1.1)")
-    print()
-    print("texts    asked for     peak           beyond what was asked for")
+    seconds = medians({"capture": ours, "raw hooks": theirs}, ROUNDS)
+    ratio = seconds["capture"] / seconds["raw hooks"]
+    print(f"neurons of {len(layers)} blocks, 120 texts: capture {seconds['capture']:.3f} s, "
+          f"raw hooks {seconds['raw hooks']:.3f} s, ratio {ratio:.3f} (aim <= 1.1)")  # fmt: skip
+    rows: list[dict[str, object]] = [{"what": "time", "ratio": ratio, **seconds}]
+    print("\ntexts    asked for     peak           beyond what was asked for")
     for count in (40, 120, 360):
         some = texts(count)
         with AllocationMeter() as meter:
-            made = subject.capture(some, sites, tokens="mean", batch=BATCH, progress=False)
+            made = subject.capture(some, sites, batch=BATCH, progress=False)
         asked = sum(value.nbytes for value in made.values.values())
-        print(f"{count:<8} {asked / 1e6:8.2f} MB {meter.peak_bytes / 1e6:8.2f} MB  {(meter.peak_bytes - asked) / 1e6:8.2f} MB")
+        beyond = meter.peak_bytes - asked
+        print(f"{count:<8} {asked / 1e6:8.2f} MB {meter.peak_bytes / 1e6:8.2f} MB  {beyond / 1e6:8.2f} MB")
+        rows.append({"what": "memory", "texts": count, "asked_bytes": asked, "peak_bytes": meter.peak_bytes})
+    record("capture", rows)
 
 
 if __name__ == "__main__":

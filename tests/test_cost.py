@@ -36,7 +36,9 @@ def test_perplexity_is_that_of_all_tokens_together(subject: Subject, texts: list
     assert row["low"] <= row["value"] <= row["high"]
 
 
-def test_the_base_is_the_untoggled_subject_and_the_toggle_acts_again_afterwards(subject: Subject, texts: list[str]) -> None:
+def test_the_base_is_the_untoggled_subject_and_the_toggle_acts_again_afterwards(
+    subject: Subject, texts: list[str]
+) -> None:
     plain = Cost(repeats=1).run(subject, texts).table().set_index("measure")
     push = Steer(torch.linspace(-1, 1, 32), Site(1, "resid_out"), 5.0)
     with subject.under(push):

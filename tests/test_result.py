@@ -36,7 +36,9 @@ class Spectrum(Result):
         return pd.DataFrame({"rate_hz": np.arange(len(self.amplitude)), "amplitude": self.amplitude})
 
     def plot(self, **view: Any) -> Any:
-        return plots.lines(self.table(), "rate_hz", "amplitude", title=f"{self.name} peaks at {self.amplitude.max():.1f}")
+        return plots.lines(
+            self.table(), "rate_hz", "amplitude", title=f"{self.name} peaks at {self.amplitude.max():.1f}"
+        )
 
 
 def make(scale: float = 1.0) -> Spectrum:
@@ -59,7 +61,7 @@ def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_a_result_is_not_overwritten_unasked(tmp_path: Path) -> None:
     make().save(tmp_path / "r")
-    with pytest.raises(FileExistsError, match="holds a result already. Pass overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"holds a result already\. Pass overwrite=True"):
         make(2).save(tmp_path / "r")
     assert same(Result.load(tmp_path / "r"), make())
     make(2).save(tmp_path / "r", overwrite=True)
@@ -70,7 +72,7 @@ def test_a_folder_that_holds_a_result_is_not_overwritten_unasked(tmp_path: Path)
 def test_a_folder_with_other_files_or_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("dear")
-    with pytest.raises(FileExistsError, match="thesis.tex"):
+    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
         make().save(tmp_path / "mine")
     with pytest.raises(FileExistsError, match="is a file"):
         make().save(tmp_path / "mine" / "thesis.tex")
@@ -79,7 +81,9 @@ def test_a_folder_with_other_files_or_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing_call", [1, 2, 3, 4])
-def test_a_full_disk_leaves_the_old_result_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_call: int) -> None:
+def test_a_full_disk_leaves_the_old_result_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_call: int
+) -> None:
     make().save(tmp_path / "r")
     calls = 0
 

@@ -17,7 +17,9 @@ def step_of(lengths: list[int], prompt_lengths: list[int] | None = None) -> Step
     width = max(lengths)
     mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths])
     prompts = None if prompt_lengths is None else torch.tensor(prompt_lengths)
-    return read_step((len(lengths), width), past=0, attention_mask=mask, position_ids=None, prompt_lengths=prompts, device=CPU)
+    return read_step(
+        (len(lengths), width), past=0, attention_mask=mask, position_ids=None, prompt_lengths=prompts, device=CPU
+    )
 
 
 def test_positions_count_real_tokens_from_zero() -> None:
@@ -62,7 +64,9 @@ def test_a_cached_forward_sees_the_same_tokens_as_a_whole_one(rows: list[tuple[i
 
 def test_given_position_ids_win() -> None:
     ids = torch.tensor([[7, 8, 9]])
-    step = read_step((1, 3), past=3, attention_mask=None, position_ids=ids, prompt_lengths=torch.tensor([9]), device=CPU)
+    step = read_step(
+        (1, 3), past=3, attention_mask=None, position_ids=ids, prompt_lengths=torch.tensor([9]), device=CPU
+    )
     assert step.where("prompt").tolist() == [[True, True, False]]
 
 

@@ -56,19 +56,27 @@ def test_weights_that_are_cut_short_are_refused(tmp_path: Path) -> None:
 def test_weights_of_another_shape_or_missing_are_refused(tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1})
+    )
     with pytest.raises(ValueError, match="lacks weights"):  # transformers would fill them with random numbers
         Subject.load(tmp_path / "model")
 
 
 def test_an_encoder_and_an_encoder_decoder_are_refused(tmp_path: Path) -> None:
-    size = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    size = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
     BertForMaskedLM(BertConfig(**size)).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match=r"is an encoder \(BertForMaskedLM\), expected a decoder"):
         Subject.load(tmp_path / "bert")
-    T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(
-        tmp_path / "t5"
-    )
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    ).save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match="is an encoder-decoder"):
         Subject.load(tmp_path / "t5")
 
@@ -85,7 +93,7 @@ def test_remote_code_is_off_until_asked_for_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float31", "int8", torch.int32, "float8_e4m3fn"])
 def test_a_dtype_that_can_not_work_is_refused(dtype: object) -> None:
-    with pytest.raises(ValueError, match="got dtype .*, expected auto or one of float32"):
+    with pytest.raises(ValueError, match=r"got dtype .*, expected auto or one of float32"):
         Subject.load(FOLDER, dtype=dtype)  # type: ignore[arg-type]
 
 
@@ -161,13 +169,15 @@ def test_a_text_beyond_the_context_is_refused_or_cut(subject: Subject, words: li
     with pytest.raises(ValueError, match="text 1 has 1001 tokens, but the model's context is 512"):
         subject.capture([words[0], long], [Site(0, "resid_out")])
     assert subject.nll([long], cut=True).isfinite().all()
-    with pytest.raises(ValueError, match="make 513 tokens, but the context is 512. Ask for at most 511"):
+    with pytest.raises(ValueError, match=r"make 513 tokens, but the context is 512\. Ask for at most 511"):
         subject.generate([[5]], max_new_tokens=512)
 
 
 def test_an_unknown_word_is_named_with_the_nearest(subject: Subject, words: list[str]) -> None:
     wrong = max(words, key=len)[:-1] + "q"
-    with pytest.raises(ValueError, match=f"'{wrong}' is not in this model's vocabulary.* Nearest known: .*{max(words, key=len)}"):
+    with pytest.raises(
+        ValueError, match=f"'{wrong}' is not in this model's vocabulary.* Nearest known: .*{max(words, key=len)}"
+    ):
         subject.tokenize([f"{words[0]} {wrong} {words[1]}"])
 
 
@@ -269,7 +279,9 @@ def test_tokens_are_streamed_as_they_come(subject: Subject, words: list[str]) ->
 
 def test_a_direction_of_the_wrong_width_or_model_is_refused(subject: Subject, words: list[str]) -> None:
     with (
-        pytest.raises(ValueError, match=r"direction has 64 dims, resid_out@1 of tiny:llama:0 has 32. Was it made on another"),
+        pytest.raises(
+            ValueError, match=r"direction has 64 dims, resid_out@1 of tiny:llama:0 has 32. Was it made on another"
+        ),
         subject.under(Steer(torch.ones(64), Site(1, "resid_out"))),
     ):
         pass

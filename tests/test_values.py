@@ -50,7 +50,9 @@ def test_settings_survive_json_exactly(value: object) -> None:
     assert decode(json.loads(text), {"Setting": Setting}) == Setting(value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
 def test_tensors_survive_json_to_the_bit(dtype: torch.dtype) -> None:
     tensor = (torch.randn(3, 5, generator=torch.Generator().manual_seed(0)) * 100).to(dtype)
     again = decode(json.loads(json.dumps(encode(tensor))), {})

@@ -88,7 +88,9 @@ class Anatomy:
 
     def summary(self) -> str:
         groups = f"{self.n_heads} heads on {self.n_kv_heads} key/value heads of {self.d_head}"
-        return f"{self.n_layers} blocks, d_model {self.d_model}, {groups}, d_mlp {self.d_mlp}, vocabulary {self.vocab:,}"
+        return (
+            f"{self.n_layers} blocks, d_model {self.d_model}, {groups}, d_mlp {self.d_mlp}, vocabulary {self.vocab:,}"
+        )
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -162,7 +164,9 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     d_heads = {_width(record, places["heads"]) // n_heads for record, (places, _) in zip(records, found, strict=True)}
     d_mlps = {_width(record, p["neurons"]) for record, (p, _) in zip(records, found, strict=True) if "neurons" in p}
     if len(d_mlps) > 1 or len(d_heads) > 1:
-        raise ValueError(f"anatomy: got blocks of widths {sorted(d_mlps)} and heads {sorted(d_heads)}, expected one each.")
+        raise ValueError(
+            f"anatomy: got blocks of widths {sorted(d_mlps)} and heads {sorted(d_heads)}, expected one each."
+        )
     return Anatomy(
         blocks=blocks,
         trunk=blocks.rpartition(".")[0],
@@ -172,7 +176,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
         n_kv_heads=kv_shape[1],
         d_head=d_heads.pop(),
         d_mlp=d_mlps.pop() if d_mlps else None,
-        vocab=model.get_input_embeddings().num_embeddings,
+        vocab=int(next(model.get_input_embeddings().parameters()).shape[0]),
         places=tuple(places for places, _ in found),
         missing=tuple(missing for _, missing in found),
     )
@@ -189,7 +193,9 @@ class _Record:
 
 def _block_list(model: nn.Module, n_layers: int) -> str:
     """Path of the outermost ModuleList as long as the config says that there are layers."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
+    lists = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
     if not lists:
         raise ValueError(
             f"anatomy: {type(model).__name__} has no ModuleList of {n_layers} blocks (the config's layer count). "
@@ -207,13 +213,15 @@ def _record(model: PreTrainedModel, blocks: str) -> tuple[list[_Record], tuple[i
                 if not isinstance(module, nn.Dropout):
                     handle = module.register_forward_hook(_recorder(record, path), with_kwargs=True)
                     undo.callback(handle.remove)
-        vocab = model.get_input_embeddings().num_embeddings
-        ids = (torch.arange(14).reshape(2, 7) * 7 + 3) % vocab
-        output = model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=True)
+        embedding = next(model.get_input_embeddings().parameters())  # (vocab, d_model)
+        ids = (torch.arange(14).reshape(2, 7) * 7 + 3) % embedding.shape[0]
+        output = model(input_ids=ids.to(embedding.device), use_cache=True)
     cache = output.past_key_values
     layers = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
     if not layers:
-        raise ValueError(f"anatomy: {type(model).__name__} keeps no key/value cache; only attention decoders are supported.")
+        raise ValueError(
+            f"anatomy: {type(model).__name__} keeps no key/value cache; only attention decoders are supported."
+        )
     return records, tuple(layers[0].keys.shape)
 
 
@@ -239,12 +247,14 @@ def _places(record: _Record, config: Any, layer: int) -> tuple[dict[str, Place],
     }
     heads = _projection_into(record, attention)
     if heads is None:
-        raise ValueError(f"anatomy: no linear in block {layer} makes attn_out@{layer} ({attention}); heads can't be found.")
+        raise ValueError(
+            f"anatomy: no linear in block {layer} makes attn_out@{layer} ({attention}); heads can't be found."
+        )
     places["heads"] = Place(heads, "in", per_head=True)
     neurons = _projection_into(record, mlp)
     if neurons is None:
         reason = "no single down projection makes the MLP's output (a mixture of experts, or a fused kernel)"
-        missing = dict.fromkeys(("neurons", "gate", "up"), reason)
+        missing: dict[str, str] = dict.fromkeys(("neurons", "gate", "up"), reason)
     else:
         places["neurons"] = Place(neurons, "in", flat=record.inputs[neurons].dim() == 2)
         missing = _add_gate_and_up(record, neurons, config, places)

@@ -108,7 +108,9 @@ def collect(
         for site in dict.fromkeys(at):
             add_tap(model, anatomy, site, lambda value, site=site: tap(site, value), undo)
         # The bar appears only where the work takes longer than two seconds.
-        for batch, forward in tqdm(forwards, total=n_batches, desc="capture", unit="batch", delay=2, disable=not progress):
+        for batch, forward in tqdm(  # noqa: B007  # the taps read `batch`
+            forwards, total=n_batches, desc="capture", unit="batch", delay=2, disable=not progress
+        ):
             forward()
     return Capture({site: values[site] for site in at}, *describe_rows(tokens, wanted, mean))
 

@@ -53,7 +53,9 @@ class Card:
         if not self.checks:
             lines.append("  not verified (verify=False, or a remote model)")
         for check in self.checks:
-            lines.append(f"  {'✓' if check.passed else '✗'} {check.name:<58} {check.value:.1e} (limit {check.limit:.0e})")
+            lines.append(
+                f"  {'✓' if check.passed else '✗'} {check.name:<58} {check.value:.1e} (limit {check.limit:.0e})"
+            )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -81,8 +83,9 @@ def prove(subject: Subject) -> Card:
     for check in checks:
         if not check.passed:
             raise ValueError(
-                f"load: {subject.name} fails the check that {check.name}: got {check.value:.2e}, limit {check.limit:.0e}. "
-                "Probes would read the wrong place. Load with verify=False only to look into it."
+                f"load: {subject.name} fails the check that {check.name}: got {check.value:.2e}, "
+                f"limit {check.limit:.0e}. Probes would read the wrong place. "
+                "Load with verify=False only to look into it."
             )
     return Card(subject.name, subject.anatomy, checks)
 
@@ -126,7 +129,9 @@ def _edits(subject: Subject, ids: Tensor) -> list[Check]:
     every = [Site(layer, kind) for layer, places in enumerate(subject.anatomy.places) for kind in places]  # type: ignore[misc]
     zero = _edited(subject, ids, every, lambda value: value + torch.zeros_like(value))
     difference = float((zero - plain).abs().max())
-    checks = [Check("adding zero at every site leaves the logits bit-equal", difference, 0.0, bool(torch.equal(zero, plain)))]
+    checks = [
+        Check("adding zero at every site leaves the logits bit-equal", difference, 0.0, bool(torch.equal(zero, plain)))
+    ]
     for kind in KINDS:
         layers = [layer for layer, places in enumerate(subject.anatomy.places) if kind in places]
         if layers:
@@ -173,4 +178,6 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _ranges(layers: list[int]) -> str:
-    return f"{layers[0]}-{layers[-1]}" if layers == list(range(layers[0], layers[-1] + 1)) else ", ".join(map(str, layers))
+    return (
+        f"{layers[0]}-{layers[-1]}" if layers == list(range(layers[0], layers[-1] + 1)) else ", ".join(map(str, layers))
+    )

@@ -88,7 +88,9 @@ class Direction:
         return self + -other
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Direction) and (self.site, self.model, self.name) == (other.site, other.model, other.name)
+        if not isinstance(other, Direction):
+            return NotImplemented
+        same = (self.site, self.model, self.name) == (other.site, other.model, other.name)
         return same and torch.equal(self.vector, other.vector)
 
     def __hash__(self) -> int:
@@ -113,7 +115,7 @@ def difference_in_means(
     tokens: Literal["last", "mean"] = "last",
     name: str = "difference in means",
 ) -> Direction:
-    """The mean value at `site` on the texts `towards` minus that on `away`, read at the last token or the mean of all."""
+    """Mean value at `site` on the texts `towards` minus that on `away`, at the last token or the mean over tokens."""
     means = [subject.capture(texts, [site], tokens=tokens)[site].double().mean(0) for texts in (towards, away)]
     return Direction((means[0] - means[1]).flatten(), site, subject.fingerprint, name)
 

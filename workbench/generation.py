@@ -91,4 +91,5 @@ def make_chooser(temperature: float, seed: int, rows: Sequence[int]) -> Callable
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True)
+    """The ids as text, special tokens left out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -15,8 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -46,14 +52,23 @@ def load_model(
             return AutoModelForCausalLM.from_config(config, dtype=kind, **trusted).eval(), tokenizer
     try:
         with _bar_only_if_long(source):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source, config=config, revision=revision, dtype=kind, use_safetensors=True, output_loading_info=True, **options
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                revision=revision,
+                dtype=kind,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
             )
+            model, report = loaded
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"load: {name} can't be read as safetensors: {_first_line(error)}") from error
     absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
     if absent:  # transformers would fill them with random numbers and only warn
-        raise ValueError(f"load: {name} lacks weights that its config asks for, such as {absent[0]} ({len(absent)} in all).")
+        raise ValueError(
+            f"load: {name} lacks weights that its config asks for, such as {absent[0]} ({len(absent)} in all)."
+        )
     if "device_map" not in options and "quantization_config" not in options:
         model = model.to(where)
     return model.eval().requires_grad_(False), tokenizer
@@ -105,7 +120,7 @@ def _bar_only_if_long(source: str) -> Iterator[None]:
 
 
 def _find(name: str | Path) -> str:
-    text = os.path.expanduser(str(name))
+    text = str(Path(str(name)).expanduser()) if str(name).startswith("~") else str(name)
     looks_local = isinstance(name, Path) or text.startswith((".", os.sep)) or text.count("/") > 1 or os.sep == "\\"
     folder = Path(text)
     if folder.is_file():
@@ -120,7 +135,9 @@ def _find(name: str | Path) -> str:
     if not any(file.endswith(".safetensors") for file in names):
         other = [file for file in names if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
         found = f"only {', '.join(other[:3])}" if other else "no weights"
-        raise ValueError(f"load: {name} has {found}, expected *.safetensors. Convert with save_pretrained; pickles are not read.")
+        raise ValueError(
+            f"load: {name} has {found}, expected *.safetensors. Convert with save_pretrained; pickles are not read."
+        )
     return text
 
 
@@ -134,7 +151,9 @@ def _config(source: str, revision: str | None, trust: bool) -> PretrainedConfig:
             ) from error
         raise ValueError(f"load: no model {source!r} could be read: {_first_line(error)}") from error
     if getattr(config, "auto_map", None) and not trust:
-        raise ValueError(f"load: {source} brings code of its own, which is off. Read it, then pass trust_remote_code=True.")
+        raise ValueError(
+            f"load: {source} brings code of its own, which is off. Read it, then pass trust_remote_code=True."
+        )
     names = config.architectures or []
     if config.is_encoder_decoder or any(name.endswith(("ForMaskedLM", "EncoderModel")) for name in names):
         what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
@@ -159,7 +178,9 @@ def _device(device: str) -> torch.device:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = "cpu" + ", cuda" * torch.cuda.is_available()
-        raise ValueError(f"load: device {device!r} can't be used here, expected auto, {have}: {_first_line(error)}") from error
+        raise ValueError(
+            f"load: device {device!r} can't be used here, expected auto, {have}: {_first_line(error)}"
+        ) from error
     return found
 
 
@@ -174,7 +195,9 @@ def _dtype(dtype: str | torch.dtype, config: PretrainedConfig, device: torch.dev
         one = torch.ones(2, 2, dtype=kind, device=device)
         (one @ one).sum().item()
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"load: device {device} can't compute in {name}. Choose another of {', '.join(DTYPES)}.") from error
+        raise ValueError(
+            f"load: device {device} can't compute in {name}. Choose another of {', '.join(DTYPES)}."
+        ) from error
     return kind
 
 

@@ -6,18 +6,17 @@ known, with signal and without. The contract tests hold every probe to both.
 
 from __future__ import annotations
 
-import platform
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import pandas as pd
 
+from workbench.environment import versions
 from workbench.result import Provenance, Result
 from workbench.values import encode, fingerprint
 
@@ -98,20 +97,6 @@ class Probe(ABC):
     @abstractmethod
     def example(cls, subject: Subject) -> tuple[Probe, Any]:
         """Small settings and data that run on any subject in about a second: for contract tests and a first look."""
-
-
-LIBRARIES = ("workbench", "torch", "transformers", "numpy", "nnsight", "plotly", "triton")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide numbers; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _since(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

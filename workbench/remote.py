@@ -25,7 +25,9 @@ def capture_by_trace(
     """What `Subject.capture` gives, read by nnsight traces; `remote` is True (NDIF), "local" (simulated) or False."""
     if subject.active:
         names = ", ".join(map(str, subject.active))
-        raise ValueError(f"capture: {names} can only act on a local model. Leave the toggles, or load with remote=False.")
+        raise ValueError(
+            f"capture: {names} can only act on a local model. Leave the toggles, or load with remote=False."
+        )
     wanted = chosen_tokens(tokens, selection)
     mean = isinstance(selection, str) and selection == "mean"
     rows: dict[Site, dict[int, torch.Tensor]] = {site: {} for site in at}
@@ -58,7 +60,7 @@ def _trace(subject: Subject, batch: Batch, at: Sequence[Site], remote: bool | st
             envoy = model.get(path)
             raw = envoy.input if side == "in" else envoy.output
             saved.append((raw if isinstance(raw, torch.Tensor) else raw[0]).clone())
-        saved.save()
+        saved.save()  # type: ignore[attr-defined]  # nnsight gives every object this method inside a trace
     values = dict(zip(reads, saved, strict=True))
     result = {}
     for site, read in zip(ordered, plan, strict=True):

@@ -6,11 +6,9 @@ On disk a result is one folder: `result.json` (settings and provenance), arrays 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save
 
+from workbench.files import PARTIAL, write_atomically
 from workbench.values import decode, encode
 
 if TYPE_CHECKING:
@@ -88,7 +87,9 @@ class Result(ABC):
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"save: {folder} is a file, expected a folder to write a result to.")
         if (folder / "result.json").exists() and not overwrite:
-            raise FileExistsError(f"save: {folder} holds a result already. Pass overwrite=True or choose another folder.")
+            raise FileExistsError(
+                f"save: {folder} holds a result already. Pass overwrite=True or choose another folder."
+            )
         if folder.exists() and any(folder.iterdir()) and not (folder / "result.json").exists() and not overwrite:
             strange = sorted(path.name for path in folder.iterdir() if not path.name.startswith(PARTIAL))
             if strange:
@@ -151,24 +152,6 @@ class Result(ABC):
             else:
                 settings[item.name] = encode(value)
         return arrays, tables, settings
-
-
-PARTIAL = ".partial-"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary name beside `path`, flush it to the disk, then rename."""
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
-        raise
 
 
 def _write_named(folder: Path, name: str, suffix: str, data: bytes) -> str:

@@ -61,7 +61,9 @@ class ToggleStack:
         try:
             for part in toggle.parts:
                 for other, claim in conflicting_claims(self.active, part):
-                    raise ValueError(f"under: {part} and {other} both claim {claim!r}; only one can act. Leave one out.")
+                    raise ValueError(
+                        f"under: {part} and {other} both claim {claim!r}; only one can act. Leave one out."
+                    )
                 mine.append(_Installed(part, Receipt(part)))
                 self._install(mine[-1])
             yield
@@ -94,7 +96,9 @@ class ToggleStack:
         def tap(value: Tensor) -> Tensor:
             step = self.watch.step
             if step is None:
-                raise RuntimeError(f"{site}: no forward of the whole decoder is under way; an edit acts only inside one.")
+                raise RuntimeError(
+                    f"{site}: no forward of the whole decoder is under way; an edit acts only inside one."
+                )
             acted = (rule(step) if callable(rule) else step.where(rule)).to(value.device)  # (batch, seq)
             new = fn(value, step).to(value.dtype)
             new = torch.where(acted.reshape(*acted.shape, *(1,) * (value.dim() - 2)), new, value)

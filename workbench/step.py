@@ -58,7 +58,9 @@ def check_positions(rule: Positions | Sequence[int]) -> Positions | tuple[int, .
     """`rule` if it is one, sequences as tuples; ValueError otherwise."""
     if isinstance(rule, str):
         if rule not in POSITION_RULES:
-            raise ValueError(f"positions: got {rule!r}, expected one of {', '.join(POSITION_RULES)} or a list of positions.")
+            raise ValueError(
+                f"positions: got {rule!r}, expected one of {', '.join(POSITION_RULES)} or a list of positions."
+            )
         return rule
     if not rule or any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in rule):
         raise ValueError(f"positions: got {rule!r}, expected logical positions from 0, such as [0, 5].")
@@ -130,7 +132,8 @@ class StepWatch:
             self._prompt_lengths = before
 
     def _read(self, given: dict[str, Any], conditions: Any) -> Step:
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
+        ids = given.get("input_ids")
+        tokens = given["inputs_embeds"] if ids is None else ids
         cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         return read_step(

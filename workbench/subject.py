@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from workbench.toggle import Receipt, Toggle
 
+
 class Subject:
     """A frozen causal language model under study. Make one with `load`, `organism` or `tiny`.
 
@@ -134,7 +135,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -201,7 +202,9 @@ class Subject:
 
             return capture_by_trace(self, made, sites, tokens, batch=batch, remote=self.remote)
         groups = list(batches(made.lengths, batch))
-        forwards = ((one, functools.partial(self._forward, one, logits_to_keep=1)) for one in self._padded(made, groups))
+        forwards = (
+            (one, functools.partial(self._forward, one, logits_to_keep=1)) for one in self._padded(made, groups)
+        )
         return collect(self.model, self.anatomy, sites, made, tokens, forwards, len(groups), progress=progress)
 
     @torch.no_grad()
@@ -256,9 +259,6 @@ class Subject:
             )
         ends, new = self._end_ids(), [[] for _ in made.ids]
         for one in self._padded(made, batches([length + max_new_tokens for length in made.lengths], batch)):
-            tell = None
-            if on_token:
-                tell = lambda index, token, rows=one.rows: on_token(rows[index], token, text_of(self.tokenizer, [token]))  # noqa: E731
             with self._stack.watch.prompts(one.mask.sum(1)):
                 ids = continue_batch(
                     functools.partial(self._next_logits, use_cache),
@@ -268,7 +268,7 @@ class Subject:
                     choose=make_chooser(temperature, seed, one.rows),
                     pad=self.pad_id,
                     use_cache=use_cache,
-                    on_token=tell,
+                    on_token=functools.partial(self._tell, on_token, one.rows) if on_token else None,
                 )
             for row, row_ids in zip(one.rows, ids, strict=True):
                 new[row] = row_ids
@@ -332,11 +332,16 @@ class Subject:
         arguments = {name: value for name, value in arguments.items() if name in self.accepts}
         return self.model(input_ids=batch.ids, **arguments)
 
-    def _next_logits(self, use_cache: bool, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def _next_logits(
+        self, use_cache: bool, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any
+    ) -> tuple[Tensor, Any]:
         output = self._forward(
             Batch([], ids, mask, positions), use_cache=use_cache, past_key_values=cache, logits_to_keep=1
         )
         return output.logits[:, -1], output.past_key_values if use_cache else None
+
+    def _tell(self, on_token: OnToken, rows: list[int], index: int, token: int) -> None:
+        on_token(rows[index], token, text_of(self.tokenizer, [token]))
 
     def _padded(self, tokens: Tokens, groups: Any) -> Iterator[Batch]:
         return (left_pad(tokens.ids, rows, pad=self.pad_id, device=self.device) for rows in groups)
@@ -344,9 +349,10 @@ class Subject:
     @property
     def pad_id(self) -> int:
         """The token id that fills padding; its value never matters, as padding is masked everywhere."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        pad = self.tokenizer.pad_token_id
+        return pad if isinstance(pad, int) else 0
 
     def _end_ids(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
         ends = self.tokenizer.eos_token_id if ends is None else ends
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        return [int(end) for end in (ends if isinstance(ends, list | tuple) else [ends]) if end is not None]

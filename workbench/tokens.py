@@ -44,7 +44,12 @@ class Batch:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Texts, *, special: bool = True, context: int | None = None, cut: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    *,
+    special: bool = True,
+    context: int | None = None,
+    cut: bool = False,
 ) -> Tokens:
     """The tokens of `texts`; texts may also be given as token ids, which are taken as they are.
 

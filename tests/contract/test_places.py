@@ -9,8 +9,8 @@ import torch
 from families import FAMILIES, subject_of, texts
 
 from workbench import Site, Subject
-from workbench.loading import small_copy
 from workbench.anatomy import find_anatomy
+from workbench.loading import small_copy
 from workbench.remote import capture_by_trace
 from workbench.site import KINDS
 from workbench.toggles import Clamp, Steer
@@ -35,9 +35,7 @@ def test_residuals_are_conserved_and_chained_in_captures(family: str) -> None:
     capture = subject.capture(texts(), all_sites(subject))
     for layer in range(subject.n_layers):
         parts = [capture[Site(layer, kind)] for kind in ("resid_in", "attn_out", "mlp_out")]
-        torch.testing.assert_close(
-            sum(parts), capture[Site(layer, "resid_out")], rtol=1e-4, atol=1e-5
-        )  # fp32 sums
+        torch.testing.assert_close(sum(parts), capture[Site(layer, "resid_out")], rtol=1e-4, atol=1e-5)  # fp32 sums
         if layer:
             assert torch.equal(capture[Site(layer - 1, "resid_out")], capture[Site(layer, "resid_in")])
 
@@ -106,9 +104,7 @@ def test_a_text_alone_equals_the_same_text_in_a_padded_batch(family: str) -> Non
         for index, text in enumerate(texts()):
             alone = subject.capture([text], sites, tokens=selection)
             for site in sites:
-                torch.testing.assert_close(
-                    together.of_text(index)[site], alone[site], rtol=1e-4, atol=1e-5
-                )  # fp32
+                torch.testing.assert_close(together.of_text(index)[site], alone[site], rtol=1e-4, atol=1e-5)  # fp32
 
 
 @every_family
@@ -167,13 +163,9 @@ def test_the_places_of_a_remote_model_are_those_of_the_same_model_here(family: s
 
 def test_taps_leave_no_hooks_behind() -> None:
     subject = subject_of("llama")
-    before = {
-        name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in subject.model.named_modules()
-    }
+    before = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in subject.model.named_modules()}
     with ExitStack() as undo:
         subject.edit(Site(0, "neurons"), lambda value, step: value, undo)
     subject.capture(texts(), all_sites(subject))
-    after = {
-        name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in subject.model.named_modules()
-    }
+    after = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in subject.model.named_modules()}
     assert before == after and sum(after.values()) == 0

@@ -44,16 +44,9 @@ def state(subject: Subject) -> dict[str, Any]:
     """Everything that a toggle could leave behind: hooks, attributes and Parameter objects of every module."""
     return {
         name: (
-            [
-                list(hooks)
-                for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-            ],
+            [list(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)],
             sorted(vars(module)),
-            {
-                key: (id(value), value._version)
-                for key, value in module._parameters.items()
-                if value is not None
-            },
+            {key: (id(value), value._version) for key, value in module._parameters.items() if value is not None},
             {key: id(child) for key, child in module._modules.items()},
             id(vars(module).get("forward")),
         )
@@ -97,9 +90,7 @@ def test_a_toggle_changes_predictions_and_its_receipt_says_so(cls: type[Toggle],
 
 @every_family
 @every_toggle
-def test_leaving_a_toggle_restores_hooks_attributes_parameters_and_logits(
-    cls: type[Toggle], family: str
-) -> None:
+def test_leaving_a_toggle_restores_hooks_attributes_parameters_and_logits(cls: type[Toggle], family: str) -> None:
     subject = subject_of(family)
     plain, before, held = logits(subject), state(subject), weights(subject)
     for toggle in cls.examples(subject):
@@ -135,9 +126,7 @@ def test_cached_uncached_batched_and_transformers_generation_agree_under_a_toggl
 
 @every_family
 @every_toggle
-def test_a_text_alone_equals_the_same_text_in_a_padded_batch_under_a_toggle(
-    cls: type[Toggle], family: str
-) -> None:
+def test_a_text_alone_equals_the_same_text_in_a_padded_batch_under_a_toggle(cls: type[Toggle], family: str) -> None:
     subject = subject_of(family)
     for toggle in cls.examples(subject):
         with warnings.catch_warnings():

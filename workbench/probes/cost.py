@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from workbench import plots
 from workbench.cache import cache_bytes
+from workbench.generation import text_of
 from workbench.probe import Expectation, Planted, Probe
 from workbench.result import Result
 from workbench.stats import bootstrap_interval
@@ -83,11 +84,12 @@ class CostResult(Result):
             rows.append((name, value, low, high, base))
         table = pd.DataFrame(rows, columns=["measure", "value", "low", "high", "base"])
         ratio = (table["value"] / table["base"]).where(table["base"] != 0)
-        table = table.assign(toggles=self.toggles, ratio=ratio, unit=table["measure"].map(UNITS), seed=self.seed)
-        return table[list(self.columns)]
+        units = [UNITS[name] for name in table["measure"]]
+        table = table.assign(toggles=self.toggles, ratio=ratio, unit=units, seed=self.seed)
+        return table.loc[:, list(self.columns)]
 
     def plot(self, view: str = "predictions", **options: Any) -> Figure:
-        """predictions: loss and KL · resources: time and memory relative to the untoggled subject · texts: each text."""
+        """predictions: loss and KL · resources: time and memory over the untoggled ones · texts: loss of each text."""
         drawings = {"predictions": self._plot_predictions, "resources": self._plot_resources, "texts": self._plot_texts}
         if view not in drawings:
             raise ValueError(f"plot: got view {view!r}, expected one of {', '.join(drawings)}.")
@@ -118,18 +120,29 @@ class CostResult(Result):
             "decode_ms_per_token": "time per token",
         }
         rows = table.loc[list(names)].reset_index()
-        rows = rows.assign(what=rows["measure"].map(names), low=rows["low"] / rows["base"], high=rows["high"] / rows["base"])
+        rows = rows.assign(
+            what=rows["measure"].map(names), low=rows["low"] / rows["base"], high=rows["high"] / rows["base"]
+        )
         title = f"Under {self.toggles} the cache takes {rows['ratio'][0]:.2f} x and a token {rows['ratio'][3]:.2f} x"
         return plots.bars(
             rows, "what", "ratio", "low", "high", title=f"{title} of the untoggled model's", x_title="", y_title="ratio"
         )
 
     def _plot_texts(self, table: pd.DataFrame) -> Figure:
-        drawn = pd.DataFrame({"untoggled": self.base_nll, "toggled": self.nll, "text": np.arange(len(self.nll)).astype(str)})
+        drawn = pd.DataFrame(
+            {"untoggled": self.base_nll, "toggled": self.nll, "text": np.arange(len(self.nll)).astype(str)}
+        )
         worse = int((self.nll > self.base_nll).sum())
         title = f"Under {self.toggles} {worse} of {len(self.nll)} texts are predicted worse than without"
-        axes = {"x_title": "loss untoggled (nats per token)", "y_title": "loss toggled (nats per token)"}
-        return plots.scatter(drawn, "untoggled", "toggled", text="text", title=title, **axes)
+        return plots.scatter(
+            drawn,
+            "untoggled",
+            "toggled",
+            text="text",
+            title=title,
+            x_title="loss untoggled (nats per token)",
+            y_title="loss toggled (nats per token)",
+        )
 
     def _mean(self, values: np.ndarray, transform: Callable | None = None) -> tuple[float, float, float]:
         """Token-weighted mean over texts with its interval: each text is drawn together with its weight."""
@@ -181,21 +194,29 @@ class Cost(Probe):
 
     @classmethod
     def example(cls, subject: Subject) -> tuple[Cost, list[str]]:
-        text = subject.tokenizer.decode(list(range(8, 24)), skip_special_tokens=True)
+        text = text_of(subject.tokenizer, range(8, 24))
         return cls(prompt_tokens=8, new_tokens=2, repeats=2, cut=True), [text, " ".join(text.split()[:7])]
 
     def _compare(self, subject: Subject, texts: list[str]) -> list[tuple[float, ...]]:
         with subject.untoggled():
             base = {row: logprobs for row, _, logprobs in subject.predictions(texts, cut=self.cut)}
-        found = {row: compare(base[row], logprobs, ids) for row, ids, logprobs in subject.predictions(texts, cut=self.cut)}
+        found = {
+            row: compare(base[row], logprobs, ids) for row, ids, logprobs in subject.predictions(texts, cut=self.cut)
+        }
         return [found[row] for row in range(len(texts))]
 
     def _prompt(self, subject: Subject, texts: list[str]) -> Tensor:
         """(1, prompt_tokens) token ids from the texts, repeated as often as needed."""
         ids = [token for text in subject.tokenize(texts, cut=self.cut).ids for token in text]
-        limit = self.prompt_tokens if subject.context is None else min(self.prompt_tokens, subject.context - self.new_tokens)
+        limit = (
+            self.prompt_tokens
+            if subject.context is None
+            else min(self.prompt_tokens, subject.context - self.new_tokens)
+        )
         if limit < 1:
-            raise ValueError(f"Cost: got new_tokens={self.new_tokens}, but the context is {subject.context}. Ask for fewer.")
+            raise ValueError(
+                f"Cost: got new_tokens={self.new_tokens}, but the context is {subject.context}. Ask for fewer."
+            )
         return torch.tensor([(ids * (limit // len(ids) + 1))[:limit]], device=subject.device)
 
     @torch.no_grad()

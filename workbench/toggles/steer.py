@@ -142,7 +142,9 @@ class Clamp(Toggle):
         if isinstance(self.to, Iterable):
             object.__setattr__(self, "to", tuple(float(value) for value in self.to))
             if len(self.to) != count:  # type: ignore[arg-type]
-                raise ValueError(f"Clamp: got {len(self.to)} values for {count} units, expected one value or one per unit.")  # type: ignore[arg-type]
+                raise ValueError(
+                    f"Clamp: got {len(self.to)} values for {count} units, expected one value or one per unit."
+                )  # type: ignore[arg-type]
 
     @classmethod
     def to_mean(
