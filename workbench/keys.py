@@ -1,0 +1,64 @@
+"""The key of a run: a hash of everything that decides its numbers, so that nothing is computed twice.
+
+key = sha256(code cells, parameters, package source and shipped weights, contents behind each parameter)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from workbench.environment import PACKAGE
+from workbench.files import sha256_of, sha256_of_folder
+
+LENGTH = 12  # hex digits: among 10,000 runs, two share a key with a chance of 2e-7
+
+
+def run_key(code: Iterable[str], params: Mapping[str, Any]) -> str:
+    """The key of the run of these code cells under these parameters, with this package, on these inputs."""
+    content = {
+        "code": [re.sub(r"[ \t]+$", "", cell.strip(), flags=re.MULTILINE) for cell in code],
+        "params": {name: repr(value) for name, value in params.items()},  # tells 1, 1.0, True and "1" apart
+        "package": package_digest(),
+        "inputs": {name: input_digest(value, params.get("revision")) for name, value in params.items()},
+    }
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def package_digest() -> str:
+    """The hash of every file that this package and its kernels are made of, shipped weights included."""
+    folders = [PACKAGE]
+    spec = importlib.util.find_spec("workbench_kernels")
+    if spec is not None and spec.submodule_search_locations:
+        folders += [Path(place) for place in spec.submodule_search_locations]
+    return "+".join(sha256_of_folder(folder, _is_source) for folder in folders)
+
+
+def input_digest(value: Any, revision: Any = None) -> str | None:
+    """What a parameter's text refers to: contents of a file or folder, or the commit of a cached hub model.
+
+    None for a plain value, and for a hub model that was never downloaded: its next key knows the commit.
+    """
+    if not isinstance(value, str) or not value or "\0" in value or len(value) > 1000:
+        return None
+    path = Path(value).expanduser()
+    if path.is_file():
+        return sha256_of(path)
+    if path.is_dir():
+        return sha256_of_folder(path, lambda file: not file.name.startswith("."))
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
+        return None
+    from huggingface_hub.constants import HF_HUB_CACHE  # here: slow to import, and needed for text alone
+
+    ref = Path(HF_HUB_CACHE, f"models--{value.replace('/', '--')}", "refs", str(revision or "main"))
+    return ref.read_text().strip() if ref.is_file() else None
+
+
+def _is_source(path: Path) -> bool:
+    return "__pycache__" not in path.parts and path.suffix != ".md" and not path.name.startswith(".")
