@@ -1,0 +1,111 @@
+"""Permutation p-values, false discovery rates and intervals: pure functions of numpy arrays, in float64.
+
+q_(i) = min_{k >= i} p_(k) n / k; a p-value from n permutations is (1 + #{null >= observed}) / (n + 1).
+Sources: Benjamini and Hochberg, 1995; Wilson, 1927; Efron, 1979; Phipson and Smyth, 2010 (permutation p-values).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.special import ndtri
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """q-values of all p-values together, in the shape of `p`: q <= 0.05 keeps the false discovery rate at 5 %.
+
+    NaN is no test: it stays NaN and isn't counted.
+    """
+    p = np.asarray(p, dtype=np.float64)
+    if np.any((p < 0) | (p > 1)):
+        raise ValueError(
+            f"benjamini_hochberg: got p-values from {np.nanmin(p):.3g} to {np.nanmax(p):.3g}, expected 0 to 1."
+        )
+    q = np.full(p.shape, np.nan)
+    tested = ~np.isnan(p)
+    values = p[tested]  # (n_tests,)
+    order = np.argsort(values)[::-1]  # from the largest p down, so that the running minimum looks at larger ranks
+    rank = np.arange(len(values), 0, -1)
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum.accumulate(values[order] * len(values) / np.maximum(rank, 1))
+    q[tested] = np.minimum(adjusted, 1.0)
+    return q
+
+
+def permutation_p(observed: np.ndarray, null: np.ndarray, axis: int = 0) -> np.ndarray:
+    """One-sided p-values: the share of null values that reach the observed one, which counts itself.
+
+    The smallest possible value is 1 / (n_permutations + 1): mind it before correcting over many tests.
+    """
+    # A tie must count as a tie: the same sum in another order differs by rounding.
+    bar = np.expand_dims(np.asarray(observed, dtype=np.float64), axis)
+    reached = (null >= bar - 1e-12 * np.abs(bar)).sum(axis=axis)
+    return (1.0 + reached) / (1.0 + null.shape[axis])
+
+
+def wilson_interval(
+    count: np.ndarray | int, total: np.ndarray | int, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) of a proportion `count / total`; stays inside [0, 1] and is sensible at 0 and at `total`."""
+    count, total = np.asarray(count, dtype=np.float64), np.asarray(total, dtype=np.float64)
+    if np.any(count < 0) or np.any(count > total) or np.any(total <= 0):
+        raise ValueError(
+            f"wilson_interval: got count={count} of total={total}, expected 0 <= count <= total, total > 0."
+        )
+    z = ndtri(0.5 + level / 2)
+    share, weight = count / total, z * z / total
+    centre = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * np.sqrt(share * (1 - share) / total + weight / (4 * total))
+    low, high = np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
+    return np.where(count == 0, 0.0, low), np.where(count == total, 1.0, high)
+
+
+def resampling_weights(n_items: int, n_bootstrap: int, seed: int = 0) -> np.ndarray:
+    """Bootstrap as a matrix (n_bootstrap, n_items): row b holds how often each item was drawn, over n_items.
+
+    `weights @ values` is the mean of every resample at once.
+    """
+    drawn = np.random.default_rng(seed).integers(0, n_items, (n_bootstrap, n_items))
+    flat = drawn + n_items * np.arange(n_bootstrap)[:, None]
+    return np.bincount(flat.ravel(), minlength=n_bootstrap * n_items).reshape(n_bootstrap, n_items) / n_items
+
+
+def bootstrap_interval(
+    values: np.ndarray,
+    *,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    level: float = 0.95,
+    n_bootstrap: int = 2000,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(estimate, low, high) of the mean of `values` (n_items, ...) over items, by the percentile bootstrap.
+
+    `transform` turns means into the statistic, such as np.exp for perplexity from nats; it must work elementwise.
+    One item gives an interval of no width, none is an error.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        raise ValueError("bootstrap_interval: got no items, expected at least one.")
+    weights = resampling_weights(len(values), n_bootstrap, seed)
+    means = (weights @ values.reshape(len(values), -1)).reshape(n_bootstrap, *values.shape[1:])
+    estimate = values.mean(axis=0)
+    if transform is not None:
+        means, estimate = transform(means), transform(estimate)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return estimate, low, high
+
+
+def z_score(values: np.ndarray) -> np.ndarray:
+    """Every value against the mean and the standard deviation of all; 0 where all are equal, NaN stays NaN."""
+    values = np.asarray(values, dtype=np.float64)
+    centred = values - np.nanmean(values)
+    spread = np.nanstd(values)
+    return np.zeros_like(values) if spread == 0 else centred / spread
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    """Overlap of two sets given as boolean masks: 2 |a and b| / (|a| + |b|); NaN where both are empty."""
+    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    size = int(a.sum() + b.sum())
+    return 2.0 * int((a & b).sum()) / size if size else float("nan")
