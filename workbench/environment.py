@@ -68,6 +68,7 @@ def deterministic_variables(threads: int | None = None) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": n_threads,
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # a bar would be stored as a widget that no page can show
         "PLOTLY_RENDERER": "plotly_mimetype",  # the figure alone; other renderers add megabytes of script
     }
 

@@ -54,7 +54,9 @@ def lines(
         figure.add_trace(
             go.Scatter(x=rows[x], y=rows[y], mode=mode, name=name, legendgroup=name, line=style, marker=marker)
         )
-    return laid_out(figure, title, x_title or x, y_title or y, log_x=log_x, log_y=log_y)
+    return laid_out(
+        figure, title, x if x_title is None else x_title, y if y_title is None else y_title, log_x=log_x, log_y=log_y
+    )
 
 
 def bars(
@@ -78,7 +80,7 @@ def bars(
             go.Bar(x=rows[x], y=rows[y], name=name, marker_color=shade, error_y=_whiskers(rows, y, low, high))
         )
     figure.update_layout(barmode="group")
-    return laid_out(figure, title, x_title or x, y_title or y, log_y=log_y)
+    return laid_out(figure, title, x if x_title is None else x_title, y if y_title is None else y_title, log_y=log_y)
 
 
 def scatter(
@@ -113,7 +115,9 @@ def scatter(
                 error_y=_whiskers(rows, y, low, high),
             )
         )
-    return laid_out(figure, title, x_title or x, y_title or y, log_x=log_x, log_y=log_y)
+    return laid_out(
+        figure, title, x if x_title is None else x_title, y if y_title is None else y_title, log_x=log_x, log_y=log_y
+    )
 
 
 def heatmap(
@@ -154,7 +158,7 @@ def heatmap(
         xgap=1,
         ygap=1,
     )
-    figure = laid_out(go.Figure(cells), title, x_title or x, y_title or y)
+    figure = laid_out(go.Figure(cells), title, x if x_title is None else x_title, y if y_title is None else y_title)
     figure.update_xaxes(type="category", showgrid=False)
     return figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
 
@@ -206,7 +210,9 @@ def histogram(
         figure.add_trace(go.Scatter(x=edges, y=np.append(share, share[-1:]), name=name, mode="lines", line=style))
     if level is not None:
         figure.add_hline(level, line={"color": GREY, "width": 1, "dash": "dot"})
-    return laid_out(figure, title, x_title or x, y_title or "share of rows").update_yaxes(rangemode="tozero")
+    return laid_out(figure, title, x if x_title is None else x_title, y_title or "share of rows").update_yaxes(
+        rangemode="tozero"
+    )
 
 
 def laid_out(

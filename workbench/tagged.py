@@ -123,6 +123,14 @@ class HFTPResult(Result):
                 tables.append(pd.DataFrame({"layer": self.layers, "set": name, **columns, "condition": condition}))
         return pd.concat(tables, ignore_index=True)
 
+    def _any(self, curve: str, *, control: bool = False) -> pd.DataFrame:
+        """Share per layer of neurons that are in any set."""
+        count = (self.exists & (self.sets(control=control) != NONE)).sum(axis=1)
+        total = self.exists.sum(axis=1)
+        low, high = wilson_interval(count, total)
+        columns = {"layer": self.layers, "curve": curve, "proportion": count / total, "low": low, "high": high}
+        return pd.DataFrame(columns)
+
     def pass_rates(self, alpha: float = 0.05) -> pd.DataFrame:
         """Share of neurons with p <= alpha, uncorrected, per condition and level: near alpha where nothing is tagged.
 
@@ -201,15 +209,13 @@ class HFTPResult(Result):
 
     def _plot_layers(self, level: str, at: tuple[int, int], other: HFTPResult | None, other_name: str) -> Figure:
         table = self.summary()
-        if other is not None:
-            extra = other.summary()
-            table = pd.concat([table, extra[extra["condition"] == "experimental"].assign(condition=other_name)])
-        table["curve"] = table["set"].where(
-            table["condition"] == "experimental", table["set"] + ", " + table["condition"]
+        table = table[table["condition"] == "experimental"].assign(curve=lambda rows: rows["set"])
+        # A control is one curve, whatever the set: its place at zero is what makes the others a finding.
+        controls = (
+            [self._any(f"any, {self.control} control", control=True)] if not np.isnan(self.control_p).all() else []
         )
-        # A curve of zeros says nothing that the title does not say: controls keep those that found something.
-        shown = table.groupby("curve")["count"].transform("max").gt(0) | table["condition"].eq("experimental")
-        table = table.loc[shown]
+        controls += [other._any(f"any, {other_name}")] if other is not None else []
+        table = pd.concat([table, *controls], ignore_index=True)
         first, *rest = self.levels
         parts = [f"{self.share(first):.1%} of {int(self.exists.sum())} neurons follow the {first} rate"]
         title = f"{self._subject}: {_listed(parts + [f'{self.share(name):.1%} the {name} rate' for name in rest])}"

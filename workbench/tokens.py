@@ -102,7 +102,13 @@ def _encode(
         ids = [int(token) for token in text]
         return ids, [(0, 0)] * len(ids), [False] * len(ids)
     if tokenizer.is_fast:
-        made = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
+        made = tokenizer(
+            text,
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
         ids, marks = list(made["input_ids"]), [bool(mark) for mark in made["special_tokens_mask"]]
         offsets = [(0, 0) if mark else tuple(span) for span, mark in zip(made["offset_mapping"], marks, strict=True)]
     else:  # a slow tokenizer knows no offsets; what needs them says so
