@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before any import of torch: its threads should not spin
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub: no test may use the network
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-MAPPED = re.findall(r"^\| `([^`]+)` \| \S", README, flags=re.MULTILINE)
+MAP = README.split("## Map")[1].split("## Glossary")[0]
+MAPPED = re.findall(r"^\| `([^`]+)` \| \S", MAP, flags=re.MULTILINE)
 
 
 def test_the_example_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
