@@ -23,7 +23,7 @@ def stories260k() -> Subject:
 def test_perplexity_on_its_stories_is_what_transformers_computes(stories260k: Subject) -> None:
     """5.45 on the first 200 stories, cut to the context, begin token included, mean over stories of nats per token.
 
-    The stories hold broken quotation marks ("â€œ"), which cost much: without any other than ASCII characters it is 4.66.
+    The stories hold broken quotation marks ("â€œ"), which cost much: with ASCII characters alone it is 4.66.
     """
     texts = json.loads((Path(str(REAL)) / "data" / "tinystories_300.json").read_text())[:200]
     ours = stories260k.nll(texts, cut=True)

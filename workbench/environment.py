@@ -66,7 +66,7 @@ def deterministic_variables(threads: int | None = None) -> dict[str, str]:
         "OMP_NUM_THREADS": n_threads,
         "MKL_NUM_THREADS": n_threads,
         "OPENBLAS_NUM_THREADS": n_threads,
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow a busy machine down by ten times and more
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow a busy machine tenfold
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",  # a bar would be stored as a widget that no page can show
