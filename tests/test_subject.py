@@ -121,6 +121,30 @@ def test_transformers_own_arguments_are_passed_on() -> None:
     assert subject.model.config._attn_implementation == "eager"
 
 
+def test_a_sharded_checkpoint_loads_like_a_whole_one(tmp_path: Path) -> None:
+    whole = Subject.organism()
+    whole.model.save_pretrained(tmp_path, max_shard_size="1MB")
+    whole.tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert Subject.load(tmp_path).fingerprint == whole.fingerprint
+
+
+def test_a_remote_subject_has_no_weights_here_but_all_places(words: list[str]) -> None:
+    far, near = Subject.load(FOLDER, remote=True), Subject.organism()
+    assert all(parameter.device.type == "meta" for parameter in far.model.parameters())
+    assert far.anatomy.places == near.anatomy.places and "not verified" in str(far.card)
+
+
+def test_a_simulated_remote_capture_equals_the_local_one_and_refuses_toggles_by_name(words: list[str]) -> None:
+    far, near = Subject.load(FOLDER, remote="local"), Subject.organism()
+    texts, at = [" ".join(words[:5]), words[7]], [Site(2, "neurons"), Site(4, "heads")]
+    one, other = far.capture(texts, at), near.capture(texts, at)
+    assert all(torch.equal(one[site], other[site]) for site in at) and torch.equal(one.text, other.text)
+    toggle = Steer(torch.ones(128), Site(1, "resid_out"))
+    with pytest.raises(ValueError, match=r"Steer\(.*can only act on a local model"), far.under(toggle):
+        far.capture(texts, at)
+
+
 def test_open_understands_what_a_notebook_names() -> None:
     assert Subject.open("tiny:gpt2").name == "tiny:gpt2:0" and Subject.open("tiny:gpt2:7").name == "tiny:gpt2:7"
     assert Subject.open("organism").name == "organism" and Subject.open(str(FOLDER)).n_layers >= 6
@@ -216,6 +240,15 @@ def test_a_mask_chooses_exactly_its_tokens(subject: Subject, words: list[str]) -
     torch.testing.assert_close(mean[site][0], every[site][:5].mean(0), rtol=1e-5, atol=1e-6)
     none = subject.capture(texts, [site], tokens=[[False] * 5, [False] * 3])
     assert none[site].shape == (0, 48)
+
+
+def test_a_progress_bar_waits_two_seconds_and_counts_batches(
+    subject: Subject, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict = {}
+    monkeypatch.setattr("workbench.capture.tqdm", lambda items, **options: seen.update(options) or items)
+    subject.capture(words[:6], [Site(0, "up")], batch=4)
+    assert seen["delay"] == 2 and seen["total"] == 3 and not seen["disable"]
 
 
 def test_offsets_point_at_the_words(subject: Subject, words: list[str]) -> None:

@@ -151,6 +151,8 @@ class Subject:
         """The same weights as an nnsight model, for free-form tracing."""
         import nnsight
 
+        if self.remote is True:  # the service finds the model by its name
+            return nnsight.TransformersModel(self.name, revision=self.revision)
         return nnsight.TransformersModel(self.model, tokenizer=self.tokenizer)
 
     def describe(self) -> dict[str, Any]:

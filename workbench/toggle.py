@@ -25,11 +25,9 @@ class Toggle(ABC):
 
     claims   exclusive resources ("kv.select", "kv.store", "ffn.width", ...); two toggles that share a claim
              can't be active together.
-    local    False if the toggle can also run inside a remote trace (none so far).
     """
 
     claims: ClassVar[frozenset[str]] = frozenset()
-    local: ClassVar[bool] = True
 
     @abstractmethod
     def install(self, subject: Subject, undo: ExitStack) -> None:
