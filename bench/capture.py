@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench import Site, Subject
 from workbench.capture import Capture
-from workbench.probes.cost import AllocationMeter
+from workbench.memory import AllocationMeter
 from workbench.tokens import batches, left_pad
 
 ROUNDS = 7

@@ -7,7 +7,8 @@ import torch
 
 from workbench import Cost, Site, Steer, Subject
 from workbench.cache import cache_bytes
-from workbench.probes.cost import AllocationMeter, compare
+from workbench.memory import AllocationMeter
+from workbench.probes.cost import compare
 
 
 @pytest.fixture(scope="module")

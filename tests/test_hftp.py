@@ -14,17 +14,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from workbench import tagging
+from workbench import tagging, units
 from workbench.corpora import streams
 from workbench.corpora.streams import UnitCorpus
 from workbench.organism.architecture import tokenizer as word_tokenizer
-from workbench.probes import hftp
 from workbench.probes.hftp import HFTP, solved
 from workbench.result import Result
 from workbench.site import Site
 from workbench.streaming import CONTROLS, World, as_corpus, make_streams, repeated_units, scramble
 from workbench.subject import Subject
 from workbench.tagged import HFTPResult
+from workbench.tagtest import FrequencyTest
 from workbench.toggles import Clamp
 
 S, U = 50, 4
@@ -376,7 +376,7 @@ def test_layers_may_be_read_in_groups_or_chosen(corpus):
 def test_few_texts_at_a_time_give_the_same_as_many(corpus, monkeypatch):
     subject = model(corpus)
     whole = QUICK.run(subject, corpus)
-    monkeypatch.setattr(hftp, "BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(units, "BYTES_AT_ONCE", 1)
     np.testing.assert_allclose(
         QUICK.run(subject, corpus).p, whole.p, rtol=1e-4, atol=1e-7
     )  # batches of another shape round
@@ -439,9 +439,11 @@ def test_characters_can_be_units():
 
 
 def test_a_token_that_covers_two_units_counts_for_both():
-    unit, token = hftp._overlaps("abcd", np.array([[0, 1], [1, 2], [2, 4]]), np.array([[0, 0], [0, 2], [2, 3], [3, 4]]))
+    unit, token = units._overlaps(
+        "abcd", np.array([[0, 1], [1, 2], [2, 4]]), np.array([[0, 0], [0, 2], [2, 3], [3, 4]])
+    )
     assert list(zip(unit.tolist(), token.tolist(), strict=True)) == [(0, 1), (1, 1), (2, 2), (2, 3)]
-    np.testing.assert_allclose(hftp._unit_means(np.arange(4.0)[:, None], unit, token, 3), [[1.0], [1.0], [2.5]])
+    np.testing.assert_allclose(units._unit_means(np.arange(4.0)[:, None], unit, token, 3), [[1.0], [1.0], [2.5]])
 
 
 def test_eight_word_sentences_have_three_levels_and_the_papers_phrase_rates():
@@ -455,7 +457,7 @@ def test_eight_word_sentences_have_three_levels_and_the_papers_phrase_rates():
 
 
 def test_a_layer_with_fewer_neurons_is_filled_up_with_gaps(corpus):
-    test = hftp._Test.of(replace(QUICK, n_shuffles=2), corpus)
+    test = FrequencyTest.of(replace(QUICK, n_shuffles=2), corpus)
     world = World.of(0, amplitude=1.0, lexical_sd=0.5, n_neurons=70)
 
     def two_layers(some, control):
@@ -589,11 +591,11 @@ def test_repeated_units_are_noted():
 )
 def test_settings_that_make_no_sense_are_refused(settings, message, corpus):
     with pytest.raises(ValueError, match=message):
-        hftp._Test.of(HFTP(**settings), corpus)
+        FrequencyTest.of(HFTP(**settings), corpus)
 
 
 def test_the_category_control_needs_slot_classes(corpus):
     with pytest.raises(ValueError, match="needs slot classes"):
-        hftp._Test.of(HFTP(control="category"), replace(corpus, slot_classes=None))
-    assert hftp._Test.of(HFTP(), replace(corpus, slot_classes=None)).control == "scramble"
-    assert hftp._Test.of(HFTP(), corpus).control == "category"
+        FrequencyTest.of(HFTP(control="category"), replace(corpus, slot_classes=None))
+    assert FrequencyTest.of(HFTP(), replace(corpus, slot_classes=None)).control == "scramble"
+    assert FrequencyTest.of(HFTP(), corpus).control == "category"

@@ -18,7 +18,8 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
     {"folder"},
     {"probes"},
     {"toggles"},
-    {"toggle", "probe", "result", "directions", "cache", "streaming", "tagged", "tagging"} | SUBJECT,
+    {"toggle", "probe", "result", "directions", "cache", "streaming", "tagged", "tagging", "tagtest", "units", "memory"}
+    | SUBJECT,
     {"anatomy", "site", "values", "organism", "files", "environment", "parameters", "keys", "kernel", "safe_html"},
     {"plots", "stats", "corpora"},
 )

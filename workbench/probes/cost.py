@@ -10,18 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import finalize
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from workbench import plots
 from workbench.cache import cache_bytes
 from workbench.generation import text_of
+from workbench.memory import AllocationMeter
 from workbench.probe import Expectation, Planted, Probe
 from workbench.result import Result
 from workbench.stats import bootstrap_interval
@@ -123,9 +121,16 @@ class CostResult(Result):
         rows = rows.assign(
             what=rows["measure"].map(names), low=rows["low"] / rows["base"], high=rows["high"] / rows["base"]
         )
-        title = f"Under {self.toggles} the cache takes {rows['ratio'][0]:.2f} x and a token {rows['ratio'][3]:.2f} x"
+        title = f"Under {self.toggles} the cache takes {rows['ratio'][0]:.2f} times and a token {rows['ratio'][3]:.2f}"
         return plots.bars(
-            rows, "what", "ratio", "low", "high", title=f"{title} of the untoggled model's", x_title="", y_title="ratio"
+            rows,
+            "what",
+            "ratio",
+            "low",
+            "high",
+            title=f"{title} times the untoggled model's",
+            x_title="",
+            y_title="ratio",
         )
 
     def _plot_texts(self, table: pd.DataFrame) -> Figure:
@@ -259,45 +264,6 @@ def compare(base: Tensor, logprobs: Tensor, ids: Sequence[int]) -> tuple[float, 
     agreement = (base.argmax(-1) == logprobs.argmax(-1)).double().mean()
     nll, base_nll = (-part.gather(1, following).mean() for part in (logprobs, base))
     return float(nll), float(base_nll), float(divergence), float(agreement), float(len(following))
-
-
-class AllocationMeter(TorchDispatchMode):
-    """Peak bytes of live tensors made inside its block, as PyTorch's dispatcher sees them on any device.
-
-    Scratch memory inside a fused operation is not seen. Views share their storage and are counted once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live_bytes = self.peak_bytes = 0
-        self._holders: dict[int, tuple[int, int]] = {}  # storage address -> (tensors that hold it, bytes)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        inputs = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                address = leaf.untyped_storage().data_ptr()
-                if address in inputs and address not in self._holders:
-                    continue  # a view of a weight or of an input from outside
-                self._hold(leaf, address)
-        return output
-
-    def _hold(self, tensor: Tensor, address: int) -> None:
-        count, size = self._holders.get(address, (0, tensor.untyped_storage().nbytes()))
-        if count == 0:
-            self.live_bytes += size
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        self._holders[address] = (count + 1, size)
-        finalize(tensor, self._release, address)
-
-    def _release(self, address: int) -> None:
-        count, size = self._holders[address]
-        if count > 1:
-            self._holders[address] = (count - 1, size)
-        else:
-            del self._holders[address]
-            self.live_bytes -= size
 
 
 def _planted(name: str, sharpness: float, seed: int) -> Planted:

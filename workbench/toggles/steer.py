@@ -34,7 +34,7 @@ class Steer(Toggle):
     keep_norm   rescale each token's value to the norm that it had
     """
 
-    direction: Direction
+    direction: Direction | Tensor
     at: Site
     strength: float = 1.0
     positions: Positions | tuple[int, ...] = "all"
@@ -45,7 +45,7 @@ class Steer(Toggle):
         object.__setattr__(self, "positions", check_positions(self.positions))
 
     def install(self, subject: Subject, undo: ExitStack) -> None:
-        vector = self.direction.for_subject(subject, self.at)
+        vector = _as_direction(self.direction).for_subject(subject, self.at)
         push = (self.strength * vector).reshape(subject.anatomy.width(self.at))
 
         def edit(value: Tensor, step: Step) -> Tensor:
@@ -69,7 +69,7 @@ class Steer(Toggle):
 
     def __str__(self) -> str:
         where = "" if self.positions == "all" else f", {self.positions}"
-        return f"Steer({self.direction.name or self.direction.digest} x {self.strength:g} at {self.at}{where})"
+        return f"Steer({_called(self.direction)} x {self.strength:g} at {self.at}{where})"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ProjectOut(Toggle):
     fraction   1 removes all of the component, 0 none; by default at all positions
     """
 
-    direction: Direction
+    direction: Direction | Tensor
     at: tuple[Site, ...]
     positions: Positions | tuple[int, ...] = "all"
     fraction: float = 1.0
@@ -97,7 +97,7 @@ class ProjectOut(Toggle):
 
     def install(self, subject: Subject, undo: ExitStack) -> None:
         for site in self.at:
-            unit = self.direction.unit().for_subject(subject, site)
+            unit = _as_direction(self.direction).unit().for_subject(subject, site)
 
             def edit(value: Tensor, step: Step, unit: Tensor = unit) -> Tensor:
                 flat = value.reshape(*value.shape[:2], -1)
@@ -118,7 +118,7 @@ class ProjectOut(Toggle):
 
     def __str__(self) -> str:
         part = "" if self.fraction == 1 else f"{self.fraction:g} of "
-        return f"ProjectOut({part}{self.direction.name or self.direction.digest} at {_listed(self.at)})"
+        return f"ProjectOut({part}{_called(self.direction)} at {_listed(self.at)})"
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,11 @@ def _norm(value: Tensor) -> Tensor:
 
 def _as_direction(direction: Direction | Tensor) -> Direction:
     return direction if isinstance(direction, Direction) else Direction(direction)
+
+
+def _called(direction: Direction | Tensor) -> str:
+    made = _as_direction(direction)
+    return made.name or made.digest
 
 
 def _as_sites(at: Site | Sequence[Site], name: str) -> tuple[Site, ...]:
