@@ -22,7 +22,7 @@ from workbench.organism import FOLDER
 IMPORTS = {
     "import workbench": "import workbench",
     "from workbench import Subject": "from workbench import Subject",
-    "torch and transformers alone": "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "torch and transformers alone": "import torch; from transformers import AutoTokenizer, PreTrainedModel",
 }
 
 

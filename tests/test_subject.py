@@ -11,6 +11,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from workbench import Site, Steer, Subject
+from workbench.card import Check
 from workbench.organism import FOLDER
 from workbench.tokens import batches
 
@@ -106,6 +107,26 @@ def test_a_device_that_is_not_here_is_refused() -> None:
 def test_the_organism_loads_and_proves_itself_in_other_dtypes(dtype: str) -> None:
     subject = Subject.load(FOLDER, dtype=dtype)
     assert subject.dtype == getattr(torch, dtype) and all(check.passed for check in subject.card.checks)
+
+
+def test_verification_can_be_skipped_and_the_card_says_so() -> None:
+    subject = Subject.load(FOLDER, verify=False)
+    assert subject.card.checks == () and "not verified" in str(subject.card)
+
+
+def test_a_check_knows_both_directions_and_refuses_nan() -> None:
+    assert Check("a", 0.0, 0.0).passed and not Check("a", 1e-9, 0.0).passed
+    assert Check("a", 1e-9, 0.0, above=True).passed and not Check("a", 0.0, 0.0, above=True).passed
+    assert not Check("a", float("nan"), 1.0).passed and not Check("a", float("nan"), 0.0, above=True).passed
+
+
+def test_a_cache_that_disagrees_is_refused_at_load() -> None:
+    """A model that treats single tokens differently would generate something else than it predicts."""
+    subject = Subject.tiny("llama")
+    scale = lambda module, args, output: output * (1.5 if output.shape[1] == 1 else 1.0)  # noqa: E731
+    subject.model.lm_head.register_forward_hook(scale)
+    with pytest.raises(ValueError, match=r"cached and uncached predictions agree: got .*, expected at most"):
+        Subject(subject.model, subject.tokenizer, name="odd")
 
 
 def test_a_model_whose_blocks_do_something_else_is_refused_at_load() -> None:
