@@ -20,7 +20,19 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
     {"toggles"},
     {"toggle", "probe", "result", "directions", "cache", "streaming", "tagged", "tagging", "tagtest", "units", "memory"}
     | SUBJECT,
-    {"anatomy", "site", "values", "organism", "files", "environment", "parameters", "keys", "kernel", "safe_html"},
+    {
+        "anatomy",
+        "discovery",
+        "site",
+        "values",
+        "organism",
+        "files",
+        "environment",
+        "parameters",
+        "keys",
+        "kernel",
+        "safe_html",
+    },
     {"plots", "stats", "corpora"},
 )
 ONLY_IN = {  # a library, and the only places that may import it
@@ -29,7 +41,7 @@ ONLY_IN = {  # a library, and the only places that may import it
     "anywidget": {"widgets"},
     "papermill": {"run"},
     "dask": {"sweep"},
-    "transformers": {"anatomy", "cache", "organism"} | SUBJECT,
+    "transformers": {"discovery", "cache", "organism"} | SUBJECT,
 }
 
 

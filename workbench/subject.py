@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from workbench.anatomy import Anatomy, find_anatomy
+from workbench.anatomy import Anatomy
 from workbench.capture import Capture, Selection, collect
 from workbench.card import Card, prove
+from workbench.discovery import find_anatomy
 from workbench.generation import Generation, OnToken, continue_batch, make_chooser, text_of
 from workbench.loading import load_model, model_fingerprint
 from workbench.site import Site

@@ -1,8 +1,12 @@
-"""The families that every law is held to, as tiny random models, and texts in the organism's words."""
+"""What every law is held to: families as tiny random models, texts in the organism's words, all probes and toggles."""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
 
 from workbench import Subject
 
@@ -21,3 +25,16 @@ def texts() -> tuple[str, ...]:
     words = [word for word in subject_of("llama").tokenizer.get_vocab() if word.isalpha()]
     words.sort()
     return " ".join(words[:13]), " ".join(words[13:17]), " ".join(words[17:26])
+
+
+def subclasses_in(package: ModuleType, base: type) -> list[Any]:
+    """Every subclass of `base` defined in a module of `package`, by name: new files are found without a registry."""
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+    found, waiting = [], [base]
+    while waiting:
+        for cls in waiting.pop().__subclasses__():
+            waiting.append(cls)
+            if cls.__module__.startswith(f"{package.__name__}."):
+                found.append(cls)
+    return sorted(set(found), key=lambda cls: cls.__name__)

@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, subject_of, texts
 
 from workbench import Site, Subject
-from workbench.anatomy import find_anatomy
+from workbench.discovery import find_anatomy
 from workbench.loading import small_copy
 from workbench.remote import capture_by_trace
 from workbench.site import KINDS

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import pkgutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from families import subject_of
+from families import subclasses_in, subject_of
 
 import workbench.probes
 from workbench.probe import Probe
@@ -20,18 +18,7 @@ from workbench.result import Result
 from workbench.toggle import Toggle
 from workbench.toggles import Steer
 
-for found in pkgutil.walk_packages(workbench.probes.__path__, "workbench.probes."):
-    importlib.import_module(found.name)
-
-
-def subclasses(cls: type) -> list[type]:
-    return [one for sub in cls.__subclasses__() for one in (sub, *subclasses(sub))]
-
-
-PROBES = sorted(
-    (cls for cls in subclasses(Probe) if cls.__module__.startswith("workbench.probes.")),
-    key=lambda cls: cls.__name__,
-)
+PROBES = subclasses_in(workbench.probes, Probe)
 every_probe = pytest.mark.parametrize("cls", PROBES, ids=lambda cls: cls.__name__)
 
 

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 import warnings
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, subject_of, texts
+from families import FAMILIES, subclasses_in, subject_of, texts
 
 import workbench.toggles
 from workbench import Subject
 from workbench.toggle import Toggle
 
-for found in pkgutil.walk_packages(workbench.toggles.__path__, "workbench.toggles."):
-    importlib.import_module(found.name)
-
-
-def subclasses(cls: type) -> list[type]:
-    return [one for sub in cls.__subclasses__() for one in (sub, *subclasses(sub))]
-
-
-TOGGLES = sorted(
-    (cls for cls in subclasses(Toggle) if cls.__module__.startswith("workbench.toggles.")),
-    key=lambda cls: cls.__name__,
-)
+TOGGLES = subclasses_in(workbench.toggles, Toggle)
 every_toggle = pytest.mark.parametrize("cls", TOGGLES, ids=lambda cls: cls.__name__)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
