@@ -171,6 +171,14 @@ def test_open_understands_what_a_notebook_names() -> None:
     assert Subject.open("organism").name == "organism" and Subject.open(str(FOLDER)).n_layers >= 6
     with pytest.raises(ValueError, match="got family 'elephant', expected organism or one of llama"):
         Subject.open("tiny:elephant")
+    with pytest.raises(ValueError, match="got 'tiny:gpt2:x', expected tiny:FAMILY or tiny:FAMILY:SEED"):
+        Subject.open("tiny:gpt2:x")
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    subject = Subject.tiny()
+    with pytest.raises(ValueError, match=r"in training mode, expected a frozen model\. Call model\.eval\(\)"):
+        Subject(subject.model.train(), subject.tokenizer, name="busy")
 
 
 def test_the_untrained_twin_has_the_shape_of_the_organism_and_other_weights() -> None:

@@ -52,6 +52,8 @@ class Subject:
         remote: bool | str = False,
         anatomy: Anatomy | None = None,
     ) -> None:
+        if model.training:
+            raise ValueError(f"Subject: {name} is in training mode, expected a frozen model. Call model.eval() first.")
         self.model, self.tokenizer, self.name, self.revision, self.remote = model, tokenizer, name, revision, remote
         self.anatomy = anatomy or find_anatomy(model)
         self.fingerprint = model_fingerprint(model)
@@ -120,6 +122,8 @@ class Subject:
             return cls.organism(**options)
         if name.startswith("tiny:"):
             family, _, seed = name.removeprefix("tiny:").partition(":")
+            if not (seed or "0").isdigit():
+                raise ValueError(f"open: got {name!r}, expected tiny:FAMILY or tiny:FAMILY:SEED with a number as seed.")
             return cls.tiny(family, int(seed or 0), **options)
         return cls.load(name, **options)
 
