@@ -37,6 +37,18 @@ def test_perplexity_is_that_of_all_tokens_together(subject: Subject, texts: list
     assert row["low"] <= row["value"] <= row["high"]
 
 
+def test_texts_of_unequal_length_widen_no_interval_by_themselves(subject: Subject, texts: list[str]) -> None:
+    table = Cost(repeats=1).run(subject, texts).table().set_index("measure")
+    assert tuple(table.loc["top1_agreement", ["low", "high"]]) == pytest.approx((1.0, 1.0))
+    assert tuple(table.loc["kl", ["low", "high"]]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("settings", [{"repeats": 0}, {"new_tokens": 0}])
+def test_settings_that_time_nothing_are_refused(subject: Subject, texts: list[str], settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"Cost: got repeats=.*, expected at least 1 of each"):
+        Cost(**settings).run(subject, texts)
+
+
 def test_the_base_is_the_untoggled_subject_and_the_toggle_acts_again_afterwards(
     subject: Subject, texts: list[str]
 ) -> None:

@@ -113,3 +113,14 @@ def test_dice_is_one_for_equal_sets_zero_for_disjoint_ones_and_undefined_for_emp
     assert dice(mask, mask) == 1.0
     assert dice(mask, ~mask) == 0.0
     assert np.isnan(dice(~(mask | True), ~(mask | True)))
+
+
+def test_a_weighted_bootstrap_draws_weights_with_their_items() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.integers(1, 50, 40)
+    constant = bootstrap_interval(np.full(40, 0.3), weights=weights)
+    np.testing.assert_allclose(constant, 0.3)
+    values = rng.random(40)
+    even, plain = (bootstrap_interval(values, weights=w, seed=3) for w in (np.full(40, 7), None))
+    np.testing.assert_allclose(even, plain)
+    assert bootstrap_interval(values, weights=weights)[0] == pytest.approx(np.average(values, weights=weights))

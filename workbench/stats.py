@@ -74,6 +74,7 @@ def resampling_weights(n_items: int, n_bootstrap: int, seed: int = 0) -> np.ndar
 def bootstrap_interval(
     values: np.ndarray,
     *,
+    weights: np.ndarray | None = None,
     transform: Callable[[np.ndarray], np.ndarray] | None = None,
     level: float = 0.95,
     n_bootstrap: int = 2000,
@@ -81,15 +82,19 @@ def bootstrap_interval(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(estimate, low, high) of the mean of `values` (n_items, ...) over items, by the percentile bootstrap.
 
+    `weights` (n_items,) are drawn together with their items: each resample is a weighted mean of its own.
     `transform` turns means into the statistic, such as np.exp for perplexity from nats; it must work elementwise.
     One item gives an interval of no width, none is an error.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("bootstrap_interval: got no items, expected at least one.")
-    weights = resampling_weights(len(values), n_bootstrap, seed)
-    means = (weights @ values.reshape(len(values), -1)).reshape(n_bootstrap, *values.shape[1:])
-    estimate = values.mean(axis=0)
+    draws = resampling_weights(len(values), n_bootstrap, seed)  # (n_bootstrap, n_items)
+    if weights is not None:
+        draws = draws * np.asarray(weights, dtype=np.float64)
+        draws = draws / draws.sum(axis=1, keepdims=True)
+    means = (draws @ values.reshape(len(values), -1)).reshape(n_bootstrap, *values.shape[1:])
+    estimate = np.average(values, axis=0, weights=weights)
     if transform is not None:
         means, estimate = transform(means), transform(estimate)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)

@@ -151,8 +151,7 @@ class CostResult(Result):
 
     def _mean(self, values: np.ndarray, transform: Callable | None = None) -> tuple[float, float, float]:
         """Token-weighted mean over texts with its interval: each text is drawn together with its weight."""
-        weights = self.n_tokens / self.n_tokens.mean()
-        estimate, low, high = bootstrap_interval(values * weights, transform=transform, seed=self.seed)
+        estimate, low, high = bootstrap_interval(values, weights=self.n_tokens, transform=transform, seed=self.seed)
         return float(estimate), float(low), float(high)
 
 
@@ -172,14 +171,19 @@ class Cost(Probe):
     seed: int = 0
 
     def measure(self, subject: Subject, data: Sequence[str]) -> CostResult:
+        if self.repeats < 1 or self.new_tokens < 1:
+            raise ValueError(
+                f"Cost: got repeats={self.repeats}, new_tokens={self.new_tokens}, expected at least 1 of each."
+            )
         texts = list(data)
         rows = np.array([row for chunk in _chunks(texts, 16) for row in self._compare(subject, chunk)])
         prompt = self._prompt(subject, texts)
-        times, held = np.zeros((2, self.repeats, 2)), np.zeros((2, 2))
-        for repeat in range(-1, self.repeats):  # the first round warms up and is thrown away
+        rounds, held = [], np.zeros((2, 2))
+        for _ in range(self.repeats + 1):
             with subject.untoggled():
                 base = self._timed(subject, prompt)
-            times[:, repeat] = base, self._timed(subject, prompt)
+            rounds.append((base, self._timed(subject, prompt)))
+        times = np.array(rounds[1:]).transpose(1, 0, 2)  # (side, repeat, 2); the first round warms up
         with subject.untoggled():
             held[0] = self._memory(subject, prompt)
         held[1] = self._memory(subject, prompt)
@@ -236,7 +240,7 @@ class Cost(Probe):
             chosen = output.logits[:, -1:].argmax(-1)
             output = subject.model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
         _synchronise(prompt)
-        return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle) / max(1, self.new_tokens)
+        return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle) / self.new_tokens
 
     @torch.no_grad()
     def _memory(self, subject: Subject, prompt: Tensor) -> tuple[float, float]:
