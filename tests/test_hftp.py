@@ -14,17 +14,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from workbench import tagging, units
 from workbench.corpora import streams
 from workbench.corpora.streams import UnitCorpus
+from workbench.methods import tagging, units
+from workbench.methods.streaming import CONTROLS, World, as_corpus, make_streams, repeated_units, scramble
+from workbench.methods.tagged import HFTPResult
+from workbench.methods.tagtest import FrequencyTest
 from workbench.organism.architecture import tokenizer as word_tokenizer
 from workbench.probes.hftp import HFTP, solved
 from workbench.result import Result
 from workbench.site import Site
-from workbench.streaming import CONTROLS, World, as_corpus, make_streams, repeated_units, scramble
 from workbench.subject import Subject
-from workbench.tagged import HFTPResult
-from workbench.tagtest import FrequencyTest
 from workbench.toggles import Clamp
 
 S, U = 50, 4

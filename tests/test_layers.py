@@ -18,8 +18,8 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
     {"folder"},
     {"probes"},
     {"toggles"},
-    {"toggle", "probe", "result", "directions", "cache", "streaming", "tagged", "tagging", "tagtest", "units", "memory"}
-    | SUBJECT,
+    {"methods"},
+    {"toggle", "probe", "result", "directions", "cache", "memory", "unembedding"} | SUBJECT,
     {
         "anatomy",
         "discovery",

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from workbench.stats import (
+    auc,
     benjamini_hochberg,
     bootstrap_interval,
     dice,
@@ -124,3 +125,20 @@ def test_a_weighted_bootstrap_draws_weights_with_their_items() -> None:
     even, plain = (bootstrap_interval(values, weights=w, seed=3) for w in (np.full(40, 7), None))
     np.testing.assert_allclose(even, plain)
     assert bootstrap_interval(values, weights=weights)[0] == pytest.approx(np.average(values, weights=weights))
+
+
+def test_the_area_under_the_curve_equals_scikit_learn_with_ties() -> None:
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 6, (50, 4)).astype(float), rng.random(50) < 0.3
+    expected = [roc_auc_score(positive, column) for column in scores.T]
+    np.testing.assert_allclose(auc(scores, positive), expected, rtol=1e-12)
+    np.testing.assert_allclose(auc(scores[:, 0], positive), expected[0], rtol=1e-12)
+
+
+def test_the_area_under_the_curve_refuses_one_kind_of_item_and_gaps() -> None:
+    with pytest.raises(ValueError, match="expected some of each"):
+        auc(np.zeros(3), np.ones(3, dtype=bool))
+    with pytest.raises(ValueError, match="NaN"):
+        auc(np.array([0.0, np.nan]), np.array([True, False]))

@@ -1,7 +1,8 @@
 """Permutation p-values, false discovery rates and intervals: pure functions of numpy arrays, in float64.
 
 q_(i) = min_{k >= i} p_(k) n / k; a p-value from n permutations is (1 + #{null >= observed}) / (n + 1).
-Sources: Benjamini and Hochberg, 1995; Wilson, 1927; Efron, 1979; Phipson and Smyth, 2010 (permutation p-values).
+Sources: Benjamini and Hochberg, 1995; Wilson, 1927; Efron, 1979; Phipson and Smyth, 2010 (permutation p-values);
+Hanley and McNeil, 1982 (area under the curve as a rank sum).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy.special import ndtri
+from scipy.stats import rankdata
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
@@ -107,6 +109,21 @@ def z_score(values: np.ndarray) -> np.ndarray:
     centred = values - np.nanmean(values)
     spread = np.nanstd(values)
     return np.zeros_like(values) if spread == 0 else centred / spread
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each column of `scores` (n_items, ...) for the items marked `positive` (n_items,).
+
+    The chance that a positive item scores above a negative one, ties counted half. Both kinds must be there.
+    """
+    scores, positive = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if not n_positive or not n_negative:
+        raise ValueError(f"auc: got {n_positive} positive and {n_negative} negative items, expected some of each.")
+    if np.isnan(scores).any():
+        raise ValueError("auc: got NaN among the scores, expected numbers that can be ranked.")
+    ranks = rankdata(scores, axis=0)
+    return (ranks[positive].sum(axis=0) - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:

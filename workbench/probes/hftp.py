@@ -15,11 +15,11 @@ import numpy as np
 
 from workbench.corpora.streams import UnitCorpus
 from workbench.corpora.streams import corpus as stream_corpus
+from workbench.methods.streaming import World, as_corpus
+from workbench.methods.tagged import HFTPResult
+from workbench.methods.tagtest import FrequencyTest, Layer
+from workbench.methods.units import read_units, sentences_that_fit
 from workbench.probe import Expectation, Planted, Probe
-from workbench.streaming import World, as_corpus
-from workbench.tagged import HFTPResult
-from workbench.tagtest import FrequencyTest, Layer
-from workbench.units import read_units, sentences_that_fit
 
 if TYPE_CHECKING:
     from workbench.subject import Subject

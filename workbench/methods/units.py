@@ -13,9 +13,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from workbench.corpora.streams import UnitCorpus
+from workbench.methods.streaming import Stream
+from workbench.methods.tagtest import FrequencyTest
 from workbench.site import sites
-from workbench.streaming import Stream
-from workbench.tagtest import FrequencyTest
 from workbench.tokens import tokenize
 
 if TYPE_CHECKING:

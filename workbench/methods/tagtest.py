@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workbench import tagging
 from workbench.corpora.streams import UnitCorpus
+from workbench.methods import tagging
+from workbench.methods.streaming import CONTROLS, Stream, make_streams, repeated_units
+from workbench.methods.tagged import HFTPResult
 from workbench.stats import benjamini_hochberg, z_score
-from workbench.streaming import CONTROLS, Stream, make_streams, repeated_units
-from workbench.tagged import HFTPResult
 
 if TYPE_CHECKING:
     from workbench.probes.hftp import HFTP
