@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,7 +37,7 @@ class Unembedding:
 
     subject: Subject
     norm: nn.Module | None
-    head: nn.Module
+    head: nn.Linear
     scale: float
     soft_cap: float | None
 
@@ -47,7 +47,7 @@ class Unembedding:
 
         Raises ValueError where no final norm of the model gives its logits.
         """
-        head = subject.model.get_output_embeddings()
+        head = cast(nn.Linear | None, subject.model.get_output_embeddings())
         if head is None or not isinstance(getattr(head, "weight", None), Tensor):
             raise ValueError(f"Unembedding: {subject.name} has no output matrix, expected a causal language model.")
         config = subject.model.config.get_text_config()
@@ -100,7 +100,7 @@ class Unembedding:
 
     def words(self, ids: Sequence[int]) -> list[str]:
         """Each token id as readable text, leading spaces kept."""
-        return [self.subject.tokenizer.decode([int(index)]) for index in ids]
+        return [str(self.subject.tokenizer.decode([int(index)])) for index in ids]
 
 
 @torch.no_grad()
