@@ -95,10 +95,17 @@ def collect(
     counts = [1] * len(tokens) if mean else [len(chosen) for chosen in wanted]
     starts = torch.tensor([0, *counts]).cumsum(0)
     values: dict[Site, Tensor] = {}
+    waiting: dict[Site, list[Tensor]] = {}
     batch: Batch
 
     def tap(site: Site, value: Tensor) -> None:
-        picked = _pick(value.detach(), batch, wanted, mean)
+        """Take a whole batch at once; a batch that is read in pieces is put together first."""
+        pieces = waiting.setdefault(site, [])
+        pieces.append(value.detach())
+        if sum(piece.shape[1] for piece in pieces) < batch.ids.shape[1]:
+            pieces[-1] = pieces[-1].clone()  # the model may reuse the memory of what it gave
+            return
+        picked = _pick(torch.cat(waiting.pop(site), 1), batch, wanted, mean)
         if site not in values:  # dtype is known only now
             values[site] = torch.empty((int(starts[-1]), *picked.shape[1:]), dtype=picked.dtype)
         where = torch.cat([torch.arange(int(starts[row]), int(starts[row + 1])) for row in batch.rows])
@@ -132,8 +139,6 @@ def _pick(value: Tensor, batch: Batch, wanted: list[Tensor], mean: bool) -> Tens
     if mean:
         weight = batch.mask.reshape(*batch.mask.shape, *(1,) * (value.dim() - 2)).to(value.device)
         return (value.float() * weight).sum(1) / weight.sum(1)  # float32, padding out of numerator and denominator
-    width = value.shape[1]
     rows = torch.cat([torch.full((len(wanted[row]),), index) for index, row in enumerate(batch.rows)])
-    lengths = batch.mask.sum(1).tolist()
-    columns = torch.cat([wanted[row] + width - lengths[index] for index, row in enumerate(batch.rows)])
+    columns = torch.cat([wanted[row] + start for row, start in zip(batch.rows, batch.starts, strict=True)])
     return value[rows.to(value.device), columns.to(value.device)]

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.anatomy import Anatomy
+from workbench.cache.stages import Stages
 from workbench.capture import Capture, Selection, collect
 from workbench.card import Card, prove
 from workbench.discovery import find_anatomy
@@ -25,7 +26,8 @@ from workbench.generation import Generation, OnToken, continue_batch, make_choos
 from workbench.loading import load_model, model_fingerprint
 from workbench.site import Site
 from workbench.stack import Edit, Rule, ToggleStack
-from workbench.tokens import Batch, Texts, Tokens, batches, left_pad, tokenize
+from workbench.step import Step
+from workbench.tokens import Batch, Texts, Tokens, batches, left_pad, right_pad, tokenize
 
 if TYPE_CHECKING:
     import nnsight
@@ -224,9 +226,10 @@ class Subject:
         """
         made = self.tokenize(texts, special=special, cut=cut)
         for one in self._padded(made, batches(made.lengths, batch)):
-            logits = self._forward(one).logits
+            logits, starts = self._forward(one).logits, one.starts
             for index, row in enumerate(one.rows):
-                yield row, made.ids[row], logits[index, -made.lengths[row] :].float().log_softmax(-1)
+                here = slice(starts[index], starts[index] + made.lengths[row])
+                yield row, made.ids[row], logits[index, here].float().log_softmax(-1)
 
     def nll(self, texts: Texts, *, special: bool = True, cut: bool = False) -> Tensor:
         """(text,) mean negative log-likelihood in nats per token, over the tokens that have one before them."""
@@ -265,7 +268,8 @@ class Subject:
                 f"{self.context}. Ask for at most {self.context - max(made.lengths)} new tokens."
             )
         ends, new = self._end_ids(), [[] for _ in made.ids]
-        for one in self._padded(made, batches([length + max_new_tokens for length in made.lengths], batch)):
+        groups = batches([length + max_new_tokens for length in made.lengths], batch)
+        for one in (left_pad(made.ids, rows, pad=self.pad_id, device=self.device) for rows in groups):
             with self._stack.watch.prompts(one.mask.sum(1)):
                 ids = continue_batch(
                     functools.partial(self._next_logits, use_cache),
@@ -303,6 +307,16 @@ class Subject:
         """The receipt of the toggle that is being installed; for `Toggle.install`."""
         return self._stack.receipts[-1]
 
+    @property
+    def step(self) -> Step | None:
+        """Logical positions and padding of the forward under way; None while no toggle acts."""
+        return self._stack.watch.step if self._stack.active else None
+
+    @functools.cached_property
+    def stages(self) -> Stages:
+        """What the active toggles do to key/value caches; for `workbench.cache.use_stage`."""
+        return Stages()
+
     @contextmanager
     def under(self, toggle: Toggle, *, adopt_cache: bool = False) -> Iterator[Subject]:
         """The subject with `toggle` acting; on leaving, everything is put back to the bit, also after an exception.
@@ -335,9 +349,26 @@ class Subject:
         return frozenset(inspect.signature(type(self.model).forward).parameters)
 
     def _forward(self, batch: Batch, **options: Any) -> Any:
+        if self.stages and not options.get("use_cache"):
+            return self._read_on(batch, options)
+        return self._at_once(batch, **options)
+
+    def _at_once(self, batch: Batch, **options: Any) -> Any:
         arguments = {"attention_mask": batch.mask.long(), "position_ids": batch.positions, "use_cache": False} | options
         arguments = {name: value for name, value in arguments.items() if name in self.accepts}
         return self.model(input_ids=batch.ids, **arguments)
+
+    def _read_on(self, batch: Batch, options: dict[str, Any]) -> Any:
+        """Read texts piece by piece through a cache, so that each piece attends to what the cache has become."""
+        output, logits = None, []
+        with self._stack.watch.prompts(batch.mask.sum(1)):
+            for piece in batch.pieces(self.stages.piece):
+                cache = output.past_key_values if output is not None else None
+                output = self._at_once(piece, **options | {"use_cache": True, "past_key_values": cache})
+                logits.append(output.logits)
+        assert output is not None
+        output.logits = torch.cat(logits, 1)
+        return output
 
     def _next_logits(
         self, use_cache: bool, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any
@@ -351,7 +382,8 @@ class Subject:
         on_token(rows[index], token, text_of(self.tokenizer, [token]))
 
     def _padded(self, tokens: Tokens, groups: Any) -> Iterator[Batch]:
-        return (left_pad(tokens.ids, rows, pad=self.pad_id, device=self.device) for rows in groups)
+        padded = right_pad if self.stages else left_pad  # read in pieces, a column must be one position
+        return (padded(tokens.ids, rows, pad=self.pad_id, device=self.device) for rows in groups)
 
     @property
     def pad_id(self) -> int:

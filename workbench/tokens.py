@@ -35,12 +35,23 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A left-padded batch: `rows` are the indices of its texts, `mask` is True at real tokens."""
+    """A padded batch: `rows` are the indices of its texts, `mask` is True at real tokens, which stand together."""
 
     rows: list[int]
     ids: Int[Tensor, "batch seq"]
     mask: Bool[Tensor, "batch seq"]
     positions: Int[Tensor, "batch seq"]
+
+    @property
+    def starts(self) -> list[int]:
+        """The column of each row's first real token."""
+        return self.mask.int().argmax(1).tolist()
+
+    def pieces(self, size: int) -> Iterator[Batch]:
+        """The batch in columns of at most `size`; each mask also covers the columns before, as a cache holds them."""
+        for start in range(0, self.ids.shape[1], size):
+            part = slice(start, start + size)
+            yield Batch(self.rows, self.ids[:, part], self.mask[:, : part.stop], self.positions[:, part])
 
 
 def tokenize(
@@ -85,7 +96,7 @@ def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
 
 
 def left_pad(ids: Sequence[Sequence[int]], rows: list[int], *, pad: int, device: torch.device) -> Batch:
-    """The chosen rows of `ids` as one batch; positions of padding are 0 and masked."""
+    """The chosen rows of `ids` as one batch that ends together; positions of padding are 0 and masked."""
     width = max(len(ids[row]) for row in rows)
     gaps = torch.tensor([width - len(ids[row]) for row in rows])
     matrix = torch.tensor([[pad] * (width - len(ids[row])) + list(ids[row]) for row in rows])
@@ -93,6 +104,16 @@ def left_pad(ids: Sequence[Sequence[int]], rows: list[int], *, pad: int, device:
     mask = column >= gaps[:, None]  # (batch, seq)
     positions = (column - gaps[:, None]).clamp_min(0)
     return Batch(rows, matrix.to(device), mask.to(device), positions.to(device))
+
+
+def right_pad(ids: Sequence[Sequence[int]], rows: list[int], *, pad: int, device: torch.device) -> Batch:
+    """The chosen rows of `ids` as one batch that begins together: a column is the same position in every row."""
+    lengths = torch.tensor([len(ids[row]) for row in rows])
+    width = int(lengths.max())
+    matrix = torch.tensor([list(ids[row]) + [pad] * (width - len(ids[row])) for row in rows])
+    column = torch.arange(width).expand(len(rows), -1)
+    mask = column < lengths[:, None]  # (batch, seq)
+    return Batch(rows, matrix.to(device), mask.to(device), torch.where(mask, column, 0).to(device))
 
 
 def _encode(

@@ -5,7 +5,7 @@ bytes = sum over distinct storages of their size, scales and indices of packed l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,12 +13,17 @@ from torch import Tensor
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all distinct tensor storages that the layers of a transformers Cache hold."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(cache)}
+    return held_bytes(*cache.layers)
+
+
+def held_bytes(*parts: Any) -> int:
+    """Bytes of all distinct tensor storages in the attributes of these objects."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(parts)}
     return sum(storages.values())
 
 
-def _tensors(cache: Any) -> Iterator[Tensor]:
-    waiting = [vars(layer) for layer in cache.layers]
+def _tensors(parts: Sequence[Any]) -> Iterator[Tensor]:
+    waiting = [vars(part) for part in parts]
     seen: set[int] = set()
     while waiting:
         item = waiting.pop()

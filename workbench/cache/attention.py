@@ -1,0 +1,77 @@
+"""Attention over slots: each query sees the filled slots at or before its own logical position.
+
+out = softmax(c tanh(q K^T s / c)) V over those slots, c the soft cap of models that have one.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from workbench.cache.segments import Slots
+
+BLOCK = 1024  # queries at a time where a mask is needed: the mask is (batch, kv_head, block, slot)
+
+
+def attend(
+    query: Float[Tensor, "batch head seq d_head"],
+    slots: Slots,
+    positions: Int[Tensor, "batch seq"],
+    *,
+    scaling: float | None,
+    soft_cap: float | None = None,
+) -> Float[Tensor, "batch head seq d_head"]:
+    """Attention outputs; a query that sees nothing (padding) gets zeros."""
+    keys, values = slots.tensors[:2]
+    batch, heads, seq, width = query.shape
+    groups = heads // keys.shape[1]
+    if seq == 1 and slots.full:  # decoding without padding: every slot is in the past
+        return _grouped(query, keys, values, None, groups, scaling, soft_cap)
+    blocks = []
+    for start in range(0, seq, BLOCK):
+        part = slice(start, start + BLOCK)
+        mask = visible(slots, positions[:, part])  # (batch, kv_head or 1, block, slot)
+        blocks.append(_grouped(query[:, :, part], keys, values, mask, groups, scaling, soft_cap))
+    return torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]
+
+
+def visible(slots: Slots, positions: Int[Tensor, "batch seq"]) -> Tensor:
+    """(batch, kv_head or 1, seq, slot): True where a query may look."""
+    at = slots.positions[:, :, None, :]
+    return (at >= 0) & (at <= positions[:, None, :, None])
+
+
+def weights(
+    query: Float[Tensor, "batch head seq d_head"], slots: Slots, positions: Int[Tensor, "batch seq"], scaling: float | None
+) -> Float[Tensor, "batch head seq slot"]:
+    """Attention weights in float32, for scorers: O(seq x slot) memory, so ask for few queries."""
+    keys = slots.tensors[0]
+    groups = query.shape[1] // keys.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = torch.matmul(query.float(), keys.float().repeat_interleave(groups, 1).transpose(2, 3)) * scale
+    mask = visible(slots, positions)
+    mask = mask.repeat_interleave(groups, 1) if mask.shape[1] > 1 else mask
+    return logits.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def _grouped(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, groups: int, scaling: float | None, cap: float | None
+) -> Tensor:
+    """All query heads of a key/value head as rows of one product, so that no key is repeated."""
+    batch, heads, seq, width = query.shape
+    packed = query.reshape(batch, heads // groups, groups * seq, width)
+    if mask is not None:
+        mask = mask.expand(batch, -1, -1, -1).repeat(1, 1, groups, 1)  # (batch, kv_head or 1, groups * seq, slot)
+    if cap is None:
+        out = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
+        if mask is not None:
+            out = torch.where(mask.any(-1, keepdim=True), out, 0.0)
+    else:
+        scale = width**-0.5 if scaling is None else scaling
+        logits = cap * torch.tanh(packed @ keys.transpose(2, 3) * scale / cap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        out = logits.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(values.dtype) @ values
+    return out.reshape(batch, heads, seq, values.shape[-1])

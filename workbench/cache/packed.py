@@ -1,0 +1,183 @@
+"""Tokens of a cache layer in few bits: whole units of tokens, segment by segment, and the rule that says when to pack.
+
+With T tokens in a segment: min(S, T) sinks stay whole, u floor(max(0, T - S - R) / u) are packed, the rest stays whole.
+The rule is a function of T alone, so a text read token by token ends in the same state as one read at once.
+Source: KIVI, Liu et al., 2024 (arXiv 2402.02750); shared key and value boundaries, sinks and residual are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from workbench.cache.held import held_bytes
+from workbench.cache.layer import KVLayer
+from workbench.cache.packing import dequantise, pack_planes, quantise, unpack_planes
+from workbench.cache.segments import Frozen, Slots, joined, reordered
+
+WHOLE = 16  # bits that leave a tensor alone
+
+
+@dataclass(frozen=True)
+class Format:
+    """Bits per key and value, and the sizes of their groups.
+
+    key_bits     2, 4, 8, or 16 for whole; groups of `group` consecutive tokens of one channel
+    value_bits   the same; groups of `group` consecutive channels of one token (all channels where fewer)
+    """
+
+    key_bits: int
+    value_bits: int
+    group: int = 32
+
+    @property
+    def unit(self) -> int:
+        """Tokens that are packed together: no group of keys or values is ever cut."""
+        return self.group * 8 // min(self.key_bits, self.value_bits, 8)
+
+
+class Packed:
+    """Whole units of tokens of every segment, end to end; never reopened.
+
+    keys, values   (codes uint8 (unit, row, width), step, base) float16; or (whole (unit, token, width),) at 16 bits
+    units          (batch, kv_head) units of each segment
+    """
+
+    def __init__(
+        self,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+        positions: Int[Tensor, "unit token"],
+        units: Int[Tensor, "batch kv_head"],
+        form: Format,
+        dtype: torch.dtype,
+    ) -> None:
+        self.keys, self.values, self.positions, self.units = keys, values, positions, units.to(torch.int32)
+        self.form, self.dtype = form, dtype
+
+    @classmethod
+    def chosen(cls, slots: Slots, keep: Bool[Tensor, "batch kv_head slot"], form: Format) -> Packed:
+        """The tokens where `keep` is true, packed; each segment must bring whole units."""
+        keys, values = (tensor[keep].reshape(-1, form.unit, tensor.shape[-1]) for tensor in slots.tensors)
+        positions = slots.positions.expand_as(keep)[keep].to(torch.int32).reshape(-1, form.unit)
+        packed = pack_keys(keys, form), pack_values(values, form)
+        return cls(*packed, positions, keep.sum(-1) // form.unit, form, slots.tensors[0].dtype)
+
+    def __len__(self) -> int:
+        return self.positions.numel()
+
+    def slots(self) -> Slots:
+        """The tokens as keys and values again, for the time of one reading."""
+        keys, values = unpack_keys(self.keys, self.form, self.dtype), unpack_values(self.values, self.form, self.dtype)
+        flat = (keys.flatten(0, 1), values.flatten(0, 1))
+        return Frozen(flat, self.positions.flatten(), self.units * self.form.unit).slots()
+
+    def rows(self, index: Tensor) -> None:
+        """Reorder, repeat or drop rows."""
+        order, self.units = reordered(self.units, index)
+        self.keys, self.values = tuple(t[order] for t in self.keys), tuple(t[order] for t in self.values)
+        self.positions = self.positions[order]
+
+    def with_later(self, later: Packed) -> Packed:
+        """These units and later ones of the same segments as one part."""
+        counts = torch.cat([self.units.flatten(), later.units.flatten()]).long()
+        segment = torch.arange(self.units.numel(), device=counts.device).repeat(2)
+        order = torch.repeat_interleave(segment, counts).sort(stable=True).indices
+
+        def merged(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(torch.cat(pair)[order] for pair in zip(a, b, strict=True))
+
+        keys, values = merged(self.keys, later.keys), merged(self.values, later.values)
+        (positions,) = merged((self.positions,), (later.positions,))
+        return Packed(keys, values, positions, self.units + later.units, self.form, self.dtype)
+
+
+def pack_keys(keys: Float[Tensor, "unit token width"], form: Format) -> tuple[Tensor, ...]:
+    """Groups of `form.group` tokens of one channel; step and base (unit, token / group, width)."""
+    if form.key_bits == WHOLE:
+        return (keys,)
+    grouped = keys.unflatten(1, (-1, form.group)).transpose(2, 3)  # (unit, group number, width, group)
+    codes, step, base = quantise(grouped, form.key_bits)
+    rows = pack_planes(codes.transpose(2, 3).flatten(1, 2), form.key_bits, form.group)
+    return rows, step.squeeze(-1), base.squeeze(-1)
+
+
+def unpack_keys(packed: tuple[Tensor, ...], form: Format, dtype: torch.dtype) -> Float[Tensor, "unit token width"]:
+    """What `pack_keys` packed, up to rounding."""
+    if form.key_bits == WHOLE:
+        return packed[0]
+    rows, step, base = packed
+    codes = unpack_planes(rows, form.key_bits, form.group).unflatten(1, (-1, form.group))
+    return dequantise(codes, step[:, :, None], base[:, :, None], dtype).flatten(1, 2)
+
+
+def pack_values(values: Float[Tensor, "unit token width"], form: Format) -> tuple[Tensor, ...]:
+    """Groups of `form.group` channels of one token; step and base (unit, token, width / group)."""
+    if form.value_bits == WHOLE:
+        return (values,)
+    codes, step, base = quantise(values.unflatten(2, (-1, _channels(values.shape[2], form))), form.value_bits)
+    return pack_planes(codes.flatten(2), form.value_bits, form.group), step.squeeze(-1), base.squeeze(-1)
+
+
+def unpack_values(packed: tuple[Tensor, ...], form: Format, dtype: torch.dtype) -> Float[Tensor, "unit token width"]:
+    """What `pack_values` packed, up to rounding."""
+    if form.value_bits == WHOLE:
+        return packed[0]
+    rows, step, base = packed
+    codes = unpack_planes(rows, form.value_bits, form.group)
+    codes = codes.unflatten(2, (step.shape[2], -1))
+    return dequantise(codes, step[..., None], base[..., None], dtype).flatten(2)
+
+
+@dataclass(frozen=True)
+class PackStore:
+    """The store stage of one layer after another.
+
+    formats    of each layer       residual   newest tokens that stay whole       sinks   oldest tokens that stay whole
+    """
+
+    formats: tuple[Format, ...]
+    residual: int
+    sinks: int
+
+    def pack(self, layer: KVLayer) -> None:
+        """Pack what the rule names, once; what is packed is never packed again."""
+        form = self.formats[layer.layer]
+        if min(form.key_bits, form.value_bits) == WHOLE or layer.longest < self.residual + form.unit:
+            return
+        whole = joined([part.slots() for part in layer.whole])
+        lengths = whole.lengths.expand(whole.tensors[0].shape[:2])  # (batch, kv_head)
+        taken = layer.state.setdefault("sinks", torch.zeros_like(lengths))
+        sinks = (self.sinks - taken).clamp_min(0)
+        due = (lengths - sinks - self.residual).clamp_min(0) // form.unit * form.unit
+        if not int(due.max()):
+            return
+        sinks = torch.where(due > 0, sinks, 0)[..., None]
+        rank = whole.filled.cumsum(-1).expand(*lengths.shape, -1) - 1  # of each token in its segment
+        filled = whole.filled.expand_as(rank)
+        first, chosen = filled & (rank < sinks), filled & (rank >= sinks) & (rank < sinks + due[..., None])
+        before = held_bytes(*layer.parts)
+        if bool(first.any()):
+            layer.packed.insert(0, Frozen.chosen(whole, first))
+            layer.state["sinks"] = taken + sinks[..., 0]
+        layer.packed.append(Packed.chosen(whole, chosen, form))
+        self._merge(layer.packed)
+        layer.hold(whole, filled & ~first & ~chosen)
+        heads = lengths.shape[1]
+        layer.stages.acted("store", int(due.sum()) // heads, before - held_bytes(*layer.parts))
+
+    @staticmethod
+    def _merge(parts: list[Any]) -> None:
+        """Join the last two parts while they are about as large: few parts, and each token is moved O(log T) times."""
+        while len(parts) > 1 and isinstance(parts[-2], Packed) and len(parts[-2]) < 2 * len(parts[-1]):
+            later = parts.pop()
+            parts[-1] = parts[-1].with_later(later)
+
+
+def _channels(width: int, form: Format) -> int:
+    """Channels of one value group: the group size where it divides the width, else all of them."""
+    return form.group if width % form.group == 0 else width
