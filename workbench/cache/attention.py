@@ -44,7 +44,10 @@ def visible(slots: Slots, positions: Int[Tensor, "batch seq"]) -> Tensor:
 
 
 def weights(
-    query: Float[Tensor, "batch head seq d_head"], slots: Slots, positions: Int[Tensor, "batch seq"], scaling: float | None
+    query: Float[Tensor, "batch head seq d_head"],
+    slots: Slots,
+    positions: Int[Tensor, "batch seq"],
+    scaling: float | None,
 ) -> Float[Tensor, "batch head seq slot"]:
     """Attention weights in float32, for scorers: O(seq x slot) memory, so ask for few queries."""
     keys = slots.tensors[0]
@@ -57,7 +60,13 @@ def weights(
 
 
 def _grouped(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, groups: int, scaling: float | None, cap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    groups: int,
+    scaling: float | None,
+    cap: float | None,
 ) -> Tensor:
     """All query heads of a key/value head as rows of one product, so that no key is repeated."""
     batch, heads, seq, width = query.shape

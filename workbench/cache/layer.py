@@ -7,7 +7,7 @@ positions stay right after eviction. Padding takes no slot, so a padded row is c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,7 +22,6 @@ from workbench.cache.segments import Frozen, Recent, Slots, joined
 if TYPE_CHECKING:
     from workbench.cache.stages import Stages
     from workbench.step import Step
-    from workbench.toggle import Receipt
 
 
 class Part(Protocol):
@@ -35,25 +34,35 @@ class Part(Protocol):
     def rows(self, index: Tensor) -> None: ...
 
 
+class Whole(Part, Protocol):
+    """A part in full precision."""
+
+    def add(self, number: int, change: Tensor) -> None: ...
+
+
 @dataclass(eq=False)
 class View:
     """What a selector may look at, once the attention of a forward is done. Read only.
 
     slots      keys and values (batch, kv_head, slot, d_head) that may still be dropped, and their positions
+    context    all that the queries attended to; `slots` are its last ones
     query      (batch, head, seq, d_head) of this forward, rotated as the keys are
     step       logical positions and padding of this forward
     first      True for the forward that brought the prompt
-    state      a dictionary that lives with the layer, for running scores
+    since      columns that came since the last selection, whether or not it dropped anything
+    add_scores adds (batch, kv_head, slot) to the running scores, for selectors that keep some
     """
 
     layer: int
     slots: Slots
+    context: Slots
     query: Float[Tensor, "batch head seq d_head"]
     step: Step
     scaling: float | None
     first: bool
+    since: int
     module: torch.nn.Module
-    state: dict[str, Any] = field(default_factory=dict)
+    add_scores: Callable[[Tensor], None]
 
     @property
     def keys(self) -> Float[Tensor, "batch kv_head slot d_head"]:
@@ -63,13 +72,27 @@ class View:
     def values(self) -> Float[Tensor, "batch kv_head slot d_head"]:
         return self.slots.tensors[1]
 
-    def attention(self, window: int) -> tuple[Float[Tensor, "batch head seq slot"], Bool[Tensor, "batch seq"]]:
-        """Weights of the last `window` queries of each row, and which of them are real; float32."""
-        last = slice(max(0, self.query.shape[2] - window), None)
-        positions = self.step.positions[:, last].to(self.query.device)
-        rows = weights(self.query[:, :, last], self.slots, positions, self.scaling)
-        real = self.step.real[:, last].to(rows.device)
-        return rows * real[:, None, :, None], real
+    @property
+    def scores(self) -> Float[Tensor, "batch kv_head slot"]:
+        """Running scores of the tokens, as far as they were added."""
+        return self.slots.tensors[2][..., 0]
+
+    def attention(self, window: int | slice) -> Float[Tensor, "batch head query slot"]:
+        """Weights in float32 that some queries of this forward gave to `slots`, 0 for padding; O(query x slot) memory.
+
+        window   the last so many tokens of each row, or a slice of the columns
+        """
+        step, device = self.step, self.query.device
+        columns = window if isinstance(window, slice) else slice(0, None)
+        real = step.real[:, columns].to(device)
+        if isinstance(window, int):
+            newest = step.positions.where(step.real, -1).amax(1, keepdim=True)
+            real = real & (step.positions > newest - window).to(device)
+            first = int(real.any(0).int().argmax())  # no more columns than hold such a token
+            columns, real = slice(first, None), real[:, first:]
+        positions = step.positions[:, columns].to(device)
+        rows = weights(self.query[:, :, columns], self.context, positions, self.scaling)
+        return rows[..., -self.keys.shape[2] :] * real[:, None, :, None]
 
 
 class KVLayer(CacheLayerMixin):
@@ -89,6 +112,9 @@ class KVLayer(CacheLayerMixin):
         self.packed: list[Part] = []  # what a store made; never reopened
         self.kept: Frozen | None = None  # what the last selection left, whole
         self.recent = Recent()  # what came since, whole
+        self.since = (
+            0  # columns since the last selection: of the clock alone, so that rows don't meddle with each other
+        )
         self.state: dict[str, Any] = {}
         self._new: tuple[Tensor, Tensor] | None = None
 
@@ -157,15 +183,15 @@ class KVLayer(CacheLayerMixin):
         (keys, values), self._new = self._new, None
         project = self.stages.project
         if project is None:
-            self.recent.append((keys, values), positions, real)
+            self.recent.append(self._scored(keys, values), positions, real)
             slots = self.slots()
         else:  # the new tokens attend exactly, whatever the past is held in
             fresh = Recent()
             fresh.append((keys, values), positions, real)
             slots = joined([*([self.slots()] if self.parts else []), fresh.slots()])
-            self.recent.append(project.encode(self.layer, keys, values, positions), positions, real)
+            self.recent.append(self._scored(*project.encode(self.layer, keys, values, positions)), positions, real)
         out = attend(query, slots, positions, scaling=scaling, soft_cap=soft_cap)
-        first, self.seen = self.seen == 0, self.seen + query.shape[2]
+        first, self.seen, self.since = self.seen == 0, self.seen + query.shape[2], self.since + query.shape[2]
         if self.stages.select is not None:
             self._select(query, step, scaling, first, module)
         if self.stages.store is not None:
@@ -178,7 +204,7 @@ class KVLayer(CacheLayerMixin):
         return [*self.packed, *self.whole]
 
     @property
-    def whole(self) -> list[Part]:
+    def whole(self) -> list[Whole]:
         """What is held in full precision, and may still be dropped or packed."""
         return [part for part in (self.kept, self.recent) if part is not None and len(part)]
 
@@ -193,24 +219,40 @@ class KVLayer(CacheLayerMixin):
 
     def slots(self) -> Slots:
         """Everything held, as keys and values: unpacked and rebuilt where they are stored otherwise."""
-        return self._rebuilt(joined([part.slots() for part in self.parts]))
+        plain = (part.slots() for part in self.parts)
+        return self._rebuilt(joined([Slots(slots.tensors[:2], slots.positions, slots.full) for slots in plain]))
+
+    def _scored(self, *stored: Tensor) -> tuple[Tensor, ...]:
+        """What is written down of new tokens: with a running score each, where the selector keeps one."""
+        if self.stages.select is None or not self.stages.select.running:
+            return stored
+        return (*stored, stored[0].new_zeros(*stored[0].shape[:3], 1, dtype=torch.float32))
 
     def _rebuilt(self, stored: Slots) -> Slots:
         project = self.stages.project
         if project is None or not stored.tensors:
             return stored
-        return Slots(project.decode(self.layer, stored.tensors, stored.positions), stored.positions, stored.full)
+        keys, values = project.decode(self.layer, stored.tensors[:2], stored.positions)
+        return Slots((keys, values, *stored.tensors[2:]), stored.positions, stored.full)
 
-    def _select(
-        self, query: Tensor, step: Step, scaling: float | None, first: bool, module: torch.nn.Module
-    ) -> None:
+    def _add_scores(self, change: Tensor) -> None:
+        start = 0
+        for part in self.whole:
+            count = part.slots().positions.shape[-1]
+            part.add(2, change[:, :, start : start + count, None])
+            start += count
+
+    def _select(self, query: Tensor, step: Step, scaling: float | None, first: bool, module: torch.nn.Module) -> None:
         """Let the selector drop whole tokens; what it keeps moves into storage of its own."""
         assert self.stages.select is not None
         stored = joined([part.slots() for part in self.whole])
-        view = View(self.layer, self._rebuilt(stored), query, step, scaling, first, module, self.state)
+        shown = self._rebuilt(stored)
+        context = self.slots() if self.packed else shown
+        view = View(self.layer, shown, context, query, step, scaling, first, self.since, module, self._add_scores)
         keep = self.stages.select.keep(view)
         if keep is None:
             return
+        self.since = 0
         keep = keep.expand(*stored.tensors[0].shape[:3]) & stored.filled
         dropped = int((stored.filled & ~keep).sum())  # of one head each
         if not dropped:

@@ -62,7 +62,7 @@ class Packed:
     @classmethod
     def chosen(cls, slots: Slots, keep: Bool[Tensor, "batch kv_head slot"], form: Format) -> Packed:
         """The tokens where `keep` is true, packed; each segment must bring whole units."""
-        keys, values = (tensor[keep].reshape(-1, form.unit, tensor.shape[-1]) for tensor in slots.tensors)
+        keys, values = (tensor[keep].reshape(-1, form.unit, tensor.shape[-1]) for tensor in slots.tensors[:2])
         positions = slots.positions.expand_as(keep)[keep].to(torch.int32).reshape(-1, form.unit)
         packed = pack_keys(keys, form), pack_values(values, form)
         return cls(*packed, positions, keep.sum(-1) // form.unit, form, slots.tensors[0].dtype)

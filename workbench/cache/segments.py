@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 GROWTH = 1.125  # a full buffer grows by an eighth: appends cost O(1) on average, and at most an eighth lies idle
@@ -47,7 +47,9 @@ class Recent:
         self.length = 0  # the longest row
         self._even = True  # every row is as long: the new tokens' place is one slice
 
-    def append(self, new: Sequence[Tensor], positions: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]) -> None:
+    def append(
+        self, new: Sequence[Tensor], positions: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]
+    ) -> None:
         """Add the real tokens of each row at its end; padding takes no slot."""
         if not self.buffers:
             self._begin(new)
@@ -84,13 +86,9 @@ class Recent:
         tensors = tuple(buffer[:, :, : self.length] for buffer in self.buffers)
         return Slots(tensors, self.positions[:, None, : self.length], self._even)
 
-    def replace(self, tensors: Sequence[Tensor], positions: Int[Tensor, "batch slot"]) -> None:
-        """Hold these tokens instead, in buffers of their own size: the old storage is given back."""
-        self.buffers = tuple(_own(tensor) for tensor in tensors)
-        self.positions = _own(positions.to(torch.int32))
-        self.counts = (self.positions >= 0).sum(1)
-        self.length = int(self.counts.max()) if len(self.counts) else 0
-        self._even = bool((self.counts == self.length).all())
+    def add(self, number: int, change: Float[Tensor, "batch kv_head slot width"]) -> None:
+        """Add to one of the tensors, slot by slot."""
+        self.buffers[number][:, :, : self.length] += change
 
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows."""
@@ -147,7 +145,9 @@ class Frozen:
         """The tokens held; equal segments are a view, unequal ones are spread into slots for the time of one reading."""
         shape = (*self.counts.shape, self.longest)
         if self._even:
-            return Slots(tuple(t.reshape(*shape, t.shape[1]) for t in self.tensors), self.positions.reshape(shape), True)
+            return Slots(
+                tuple(t.reshape(*shape, t.shape[1]) for t in self.tensors), self.positions.reshape(shape), True
+            )
         filled = torch.arange(self.longest, device=self.counts.device) < self.counts[..., None]
         positions = self.positions.new_full(shape, -1)
         positions[filled] = self.positions
@@ -157,6 +157,11 @@ class Frozen:
             wide[filled] = tensor
             spread.append(wide)
         return Slots(tuple(spread), positions, False)
+
+    def add(self, number: int, change: Float[Tensor, "batch kv_head slot width"]) -> None:
+        """Add to one of the tensors, slot by slot."""
+        filled = torch.arange(self.longest, device=self.counts.device) < self.counts[..., None]
+        self.tensors[number].add_(change[filled])
 
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows."""
@@ -184,9 +189,3 @@ def joined(parts: Sequence[Slots]) -> Slots:
     positions = [part.positions.expand(-1, heads, -1) for part in parts]
     tensors = (torch.cat(same, 2) for same in zip(*(part.tensors for part in parts), strict=True))
     return Slots(tuple(tensors), torch.cat(positions, -1), all(part.full for part in parts))
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A tensor whose storage holds nothing else."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)

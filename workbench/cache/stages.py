@@ -22,7 +22,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from workbench.cache.layer import KVLayer, View
 
 if TYPE_CHECKING:
-    from workbench.step import Step
     from workbench.subject import Subject
     from workbench.toggle import Receipt
 
@@ -38,7 +37,9 @@ class Project(Protocol):
 
 
 class Selector(Protocol):
-    """Which tokens live on."""
+    """Which tokens live on. `running` asks for one running score per token and head, kept beside it."""
+
+    running: bool
 
     def keep(self, view: View) -> Bool[Tensor, "batch kv_head slot"] | None:
         """True at the slots to keep (one head stands for all); None where nothing is to be dropped now."""
