@@ -25,7 +25,7 @@ def attend(
 ) -> Float[Tensor, "batch head seq d_head"]:
     """Attention outputs; a query that sees nothing (padding) gets zeros."""
     keys, values = slots.tensors[:2]
-    batch, heads, seq, width = query.shape
+    _, heads, seq, _ = query.shape
     groups = heads // keys.shape[1]
     if seq == 1 and slots.full:  # decoding without padding: every slot is in the past
         return _grouped(query, keys, values, None, groups, scaling, soft_cap)

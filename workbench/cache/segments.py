@@ -142,7 +142,7 @@ class Frozen:
         return len(self.positions)
 
     def slots(self) -> Slots:
-        """The tokens held; equal segments are a view, unequal ones are spread into slots for the time of one reading."""
+        """The tokens held: a view of equal segments; unequal ones are spread into slots for the time of one reading."""
         shape = (*self.counts.shape, self.longest)
         if self._even:
             return Slots(

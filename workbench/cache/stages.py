@@ -37,9 +37,12 @@ class Project(Protocol):
 
 
 class Selector(Protocol):
-    """Which tokens live on. `running` asks for one running score per token and head, kept beside it."""
+    """Which tokens live on."""
 
-    running: bool
+    @property
+    def running(self) -> bool:
+        """Whether it wants one running score per token and head, kept beside them."""
+        ...
 
     def keep(self, view: View) -> Bool[Tensor, "batch kv_head slot"] | None:
         """True at the slots to keep (one head stands for all); None where nothing is to be dropped now."""

@@ -62,8 +62,11 @@ def adaptive(
     """The `counts` x heads best slots of all heads of a row together; each head keeps its floor(alpha counts) best."""
     batch, heads, slots = scores.shape
     safe = ranks(scores, filled, forced) < (alpha * counts.double()).floor()[:, None, None]
-    flat = [tensor.reshape(batch, 1, heads * slots) for tensor in (scores, filled, forced | safe)]
-    return best(*flat, (counts * heads)[:, None]).reshape(batch, heads, slots)
+    together = (batch, 1, heads * slots)
+    kept = best(
+        scores.reshape(together), filled.reshape(together), (forced | safe).reshape(together), (counts * heads)[:, None]
+    )
+    return kept.reshape(batch, heads, slots)
 
 
 def ranks(scores: Tensor, filled: Tensor, forced: Tensor) -> Int[Tensor, "batch kv_head slot"]:

@@ -29,7 +29,7 @@ def key_norm(view: View) -> Scores:
 
 
 def tova(view: View) -> Scores:
-    """Weight that the last query gives, averaged over all heads: one set for all (Oren et al., 2024, arXiv 2401.06104)."""
+    """Weight from the last query, averaged over all heads: one set for all (Oren et al., 2024, arXiv 2401.06104)."""
     return view.attention(1).sum(2).mean(1)[:, None].expand(*view.keys.shape[:3])
 
 

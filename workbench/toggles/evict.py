@@ -48,7 +48,7 @@ class EvictKV(Toggle):
     def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not (self.keep >= 1 if isinstance(self.keep, int) else 0 < self.keep <= 1):
             raise ValueError(
-                f"EvictKV: got keep={self.keep!r}, expected the share kept, above 0 and up to 1.0, or a number of tokens."
+                f"EvictKV: got keep={self.keep!r}, expected a share kept, above 0 and up to 1.0, or a number of tokens."
             )
         if self.by not in SCORERS:
             raise ValueError(f"EvictKV: got by={self.by!r}, expected one of {', '.join(SCORERS)}.")
