@@ -37,14 +37,17 @@ class Rotation:
         """
         trunk = subject.model.get_submodule(subject.anatomy.trunk)
         found = [
-            child for child in trunk.children() if any(name.endswith("inv_freq") for name, _ in child.named_buffers())
+            child
+            for child in trunk.children()
+            for name, _ in child.named_buffers()
+            if name.endswith("inv_freq") and "original" not in name
         ]
         if len(found) != 1 or len(list(found[0].named_buffers())) > 2:
             raise ValueError(
                 f"Rotation: {subject.name} has {'no rotary positions' if not found else 'several kinds of them'}, "
                 "expected one rotation for all layers. This setting needs a model with rotary positions."
             )
-        module = found[0][0]
+        module = found[0]
         if getattr(module, "rope_type", "default") in ("dynamic", "longrope"):
             raise ValueError(
                 f"Rotation: {subject.name} changes its frequencies with the length of the text, so no key can be "
