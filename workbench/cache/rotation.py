@@ -6,6 +6,7 @@ Source: Su et al., 2021, RoFormer (arXiv 2104.09864).
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ class Rotation:
             for name, _ in child.named_buffers()
             if name.endswith("inv_freq") and "original" not in name
         ]
-        if len(found) != 1 or len(list(found[0].named_buffers())) > 2:
+        if len(found) != 1 or "layer_type" in inspect.signature(type(found[0]).forward).parameters:
             raise ValueError(
                 f"Rotation: {subject.name} has {'no rotary positions' if not found else 'several kinds of them'}, "
                 "expected one rotation for all layers. This setting needs a model with rotary positions."
