@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ from workbench import Cost, Site, Steer, Subject
 from workbench.cache import cache_bytes
 from workbench.memory import AllocationMeter
 from workbench.probes.cost import compare
+from workbench.toggle import Toggle
+from workbench.toggles.evict import EvictKV
+from workbench.toggles.quantize import QuantizeKV
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +114,55 @@ def test_no_texts_and_one_token_are_refused(subject: Subject) -> None:
         Cost().run(subject, [""])
     with pytest.raises(ValueError, match="Ask for fewer"):
         Cost(new_tokens=600).run(subject, ["of"] if "of" in subject.tokenizer.get_vocab() else ["the the"])
+
+
+@pytest.mark.parametrize(
+    ("toggle", "lossy"),
+    [
+        (EvictKV(12, "streaming", sinks=2, window=4, every=4), True),
+        (EvictKV(0.5, "h2o", "adaptive", sinks=2, window=4, every=None), False),  # a text that is read has no prompt
+        (QuantizeKV(4, 4, group=4, residual=4, sinks=2), True),
+        (QuantizeKV(4, 4), False),  # shorter than its residual: nothing is packed
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*never fired")
+def test_under_cache_toggles_the_bytes_are_those_of_prompt_and_continuation(
+    subject: Subject, texts: list[str], toggle: Toggle, lossy: bool
+) -> None:
+    probe = Cost(prompt_tokens=30, new_tokens=10, repeats=1)
+    with subject.under(toggle):
+        table = probe.run(subject, [" ".join(texts)]).table().set_index("measure")
+    base, value = table.loc["cache_bytes", ["base", "value"]]
+    per_token = 2 * 3 * 2 * 8 * 4  # keys and values, 3 layers, 2 heads of 8, float32
+    assert base == 40 * per_token
+    index = 3 * (40 * 2 * 4 + 2 * 3 * 8)  # at most a position per token and head, counts of three parts
+    if isinstance(toggle, EvictKV):
+        kept = {12: 12 + 2, 0.5: 15 + 10}[
+            toggle.keep
+        ]  # 12 after 38 tokens and two more; half of the prompt and all after
+        scores = 3 * kept * 2 * 4 if toggle.by == "h2o" else 0
+        # room for the tokens between two selections, and an eighth of what grows without any
+        assert kept * per_token <= value <= (kept + 4) * per_token + scores + index * 2
+        assert value < 0.9 * base
+    elif toggle.residual < 30:
+        assert 0.2 * base < value < 0.9 * base  # units of 8 tokens; steps and minima of groups of 4 weigh 8 bits
+    else:
+        assert base < value <= 1.2 * base + index  # positions, and room to grow
+    assert (table.loc["kl", "value"] > 1e-6) == lossy and table.loc["kl", "base"] == 0
+    assert table.loc["peak_bytes", "value"] >= value
+
+
+def test_the_loss_under_a_cache_toggle_is_that_of_a_text_that_the_model_says_itself(
+    subject: Subject, texts: list[str]
+) -> None:
+    with subject.under(EvictKV(6, "tova", sinks=1, window=2, every=1)):
+        result = Cost(repeats=1, prompt_tokens=8, new_tokens=2).run(subject, texts)
+        output, total = None, 0.0
+        ids = subject.tokenize(texts).ids[5]
+        with torch.no_grad():
+            for token, following in itertools.pairwise(ids):
+                past = None if output is None else output.past_key_values
+                output = subject.model(input_ids=torch.tensor([[token]]), past_key_values=past, use_cache=True)
+                total -= float(output.logits[0, -1].double().log_softmax(-1)[following])
+    assert result.nll[5] == pytest.approx(total / (len(ids) - 1), rel=1e-5)  # type: ignore[attr-defined]

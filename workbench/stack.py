@@ -29,11 +29,12 @@ Rule = Positions | Sequence[int] | Callable[[Step], Tensor]
 
 @dataclass(eq=False)
 class _Installed:
-    """An active toggle: its receipt and how to take it back."""
+    """An active toggle: its receipt and how to take it back; not `ready` while its install is under way."""
 
     toggle: Toggle
     receipt: Receipt
     undo: ExitStack = field(default_factory=ExitStack)
+    ready: bool = False
 
 
 class ToggleStack:
@@ -78,15 +79,18 @@ class ToggleStack:
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """Without any toggle; afterwards the same act again, with the same receipts."""
+        """Without any toggle; afterwards the same act again, with the same receipts.
+
+        A toggle may ask for this first thing in its install: it is then not installed a second time.
+        """
         items = list(self._installed)
         for item in reversed(items):
-            self._remove(item)
+            self._remove(item) if item.ready else self._forget(item)
         try:
             yield
         finally:
             for item in items:
-                self._install(item)
+                self._install(item) if item.ready else self._begin(item)
 
     def edit(self, site: Site, fn: Edit, undo: ExitStack, *, positions: Rule) -> None:
         """Replace the value at `site` by `fn(value, step)` where the position rule holds; see `Subject.edit`."""
@@ -113,24 +117,31 @@ class ToggleStack:
             undo.callback(alone.pop_all().close)
 
     def _install(self, item: _Installed) -> None:
-        if not self._installed:
-            self._watch_into(self._watching)
-        self._installed.append(item)
-        item.undo = ExitStack()
+        self._begin(item)
+        item.undo, item.ready = ExitStack(), False
         try:
             item.toggle.install(self.subject, item.undo)
         except BaseException:
             self._remove(item)
             raise
+        item.ready = True
+
+    def _begin(self, item: _Installed) -> None:
+        if not self._installed:
+            self._watch_into(self._watching)
+        self._installed.append(item)
 
     def _remove(self, item: _Installed) -> None:
         try:
             item.undo.close()
         finally:
-            if item in self._installed:
-                self._installed.remove(item)
-                if not self._installed:
-                    self._watching.close()
+            self._forget(item)
+
+    def _forget(self, item: _Installed) -> None:
+        if item in self._installed:
+            self._installed.remove(item)
+            if not self._installed:
+                self._watching.close()
 
     def _watch_into(self, undo: ExitStack) -> None:
         trunk = self.subject.model.get_submodule(self.subject.anatomy.trunk)

@@ -260,6 +260,8 @@ class Subject:
         """
         if max_new_tokens < 1:
             raise ValueError(f"generate: got max_new_tokens={max_new_tokens}, expected at least 1.")
+        if self.stages and not use_cache:
+            raise ValueError(f"generate: got use_cache=False, but {self.stages} acts on the cache. Leave one out.")
         made = self.tokenize(prompts, special=special)
         longest = max(made.lengths) + max_new_tokens
         if self.context is not None and longest > self.context:
@@ -268,7 +270,8 @@ class Subject:
                 f"{self.context}. Ask for at most {self.context - max(made.lengths)} new tokens."
             )
         ends, new = self._end_ids(), [[] for _ in made.ids]
-        groups = batches([length + max_new_tokens for length in made.lengths], batch)
+        even = self.stages.chunk is not None  # a prompt read in chunks: padding would shift where they end
+        groups = batches([length + max_new_tokens for length in made.lengths], batch, even=even)
         for one in (left_pad(made.ids, rows, pad=self.pad_id, device=self.device) for rows in groups):
             with self._stack.watch.prompts(one.mask.sum(1)):
                 ids = continue_batch(
@@ -311,6 +314,11 @@ class Subject:
     def step(self) -> Step | None:
         """Logical positions and padding of the forward under way; None while no toggle acts."""
         return self._stack.watch.step if self._stack.active else None
+
+    @step.setter
+    def step(self, step: Step) -> None:
+        """Until the next forward begins: for a toggle that lets fewer tokens go on to the next layer."""
+        self._stack.watch.step = step
 
     @functools.cached_property
     def stages(self) -> Stages:
@@ -360,6 +368,12 @@ class Subject:
 
     def _read_on(self, batch: Batch, options: dict[str, Any]) -> Any:
         """Read texts piece by piece through a cache, so that each piece attends to what the cache has become."""
+        if self.stages.piece is None:
+            raise ValueError(
+                f"read: {self.stages} chooses tokens by the newest part of a whole prompt, so a text can't be read "
+                "piece by piece, and read at once not every token has a prediction. Generate from it, or score a "
+                "continuation of it (CacheLoss)."
+            )
         output, logits = None, []
         with self._stack.watch.prompts(batch.mask.sum(1)):
             for piece in batch.pieces(self.stages.piece):
@@ -373,10 +387,13 @@ class Subject:
     def _next_logits(
         self, use_cache: bool, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any
     ) -> tuple[Tensor, Any]:
-        output = self._forward(
-            Batch([], ids, mask, positions), use_cache=use_cache, past_key_values=cache, logits_to_keep=1
-        )
-        return output.logits[:, -1], output.past_key_values if use_cache else None
+        whole, output = Batch([], ids, mask, positions), None
+        chunk = self.stages.chunk if cache is None else None  # the short chunk first: scorers look at the last one
+        for piece in [whole] if chunk is None else whole.pieces(chunk, short_first=True):
+            output = self._forward(piece, use_cache=use_cache, past_key_values=cache, logits_to_keep=1)
+            cache = output.past_key_values if use_cache else None
+        assert output is not None
+        return output.logits[:, -1], cache
 
     def _tell(self, on_token: OnToken, rows: list[int], index: int, token: int) -> None:
         on_token(rows[index], token, text_of(self.tokenizer, [token]))

@@ -25,9 +25,11 @@ class Toggle(ABC):
 
     claims   exclusive resources ("kv.select", "kv.store", "ffn.width", ...); two toggles that share a claim
              can't be active together.
+    values   dataclasses that its fields may hold, besides Site, Direction and other toggles
     """
 
     claims: ClassVar[frozenset[str]] = frozenset()
+    values: ClassVar[tuple[type, ...]] = ()
 
     @abstractmethod
     def install(self, subject: Subject, undo: ExitStack) -> None:
@@ -112,10 +114,10 @@ class Receipt:
     def count_edit(self, before: torch.Tensor, after: torch.Tensor, acted: torch.Tensor) -> None:
         """Record one edit: values (batch, seq, ...) before and after, and `acted` (batch, seq) where it applied."""
         self.fired += 1
-        weight = acted.reshape(acted.shape + (1,) * (before.dim() - 2))
+        there = acted.reshape(acted.shape + (1,) * (before.dim() - 2))  # what is not may be NaN: no weight of 0 will do
         self.sums["tokens"] = self.sums["tokens"] + acted.sum()
-        self.sums["moved"] = self.sums["moved"] + ((after - before).float() * weight).square().sum()
-        self.sums["before"] = self.sums["before"] + (before.float() * weight).square().sum()
+        self.sums["moved"] = self.sums["moved"] + (after - before).float().where(there, 0.0).square().sum()
+        self.sums["before"] = self.sums["before"] + before.float().where(there, 0.0).square().sum()
 
     @property
     def tokens(self) -> int:
@@ -162,5 +164,6 @@ def _known_values() -> dict[str, type]:
     while waiting:
         for cls in waiting.pop().__subclasses__():
             found[cls.__qualname__] = cls
+            found |= {value.__qualname__: value for value in cls.values}
             waiting.append(cls)
     return found

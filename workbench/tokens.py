@@ -47,10 +47,11 @@ class Batch:
         """The column of each row's first real token."""
         return self.mask.int().argmax(1).tolist()
 
-    def pieces(self, size: int) -> Iterator[Batch]:
+    def pieces(self, size: int, *, short_first: bool = False) -> Iterator[Batch]:
         """The batch in columns of at most `size`; each mask also covers the columns before, as a cache holds them."""
-        for start in range(0, self.ids.shape[1], size):
-            part = slice(start, start + size)
+        width = self.ids.shape[1]
+        for start in range(-(-width % size) if short_first else 0, width, size):
+            part = slice(max(start, 0), start + size)
             yield Batch(self.rows, self.ids[:, part], self.mask[:, : part.stop], self.positions[:, part])
 
 
@@ -85,14 +86,18 @@ def tokenize(
     return Tokens(*([part[:end] for part in column] for column in zip(*made, strict=True)))
 
 
-def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Indices of texts grouped so that each padded batch has at most `limit` tokens (or one text), longest first."""
+def batches(lengths: Sequence[int], limit: int, *, even: bool = False) -> Iterator[list[int]]:
+    """Indices of texts grouped so that each padded batch has at most `limit` tokens (or one text), longest first.
+
+    even   only texts of one length share a batch, so that nothing is padded
+    """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
         longest = lengths[order[0]]
-        count = max(1, limit // longest)
-        yield order[:count]
-        order = order[count:]
+        group = order[: max(1, limit // longest)]
+        group = [index for index in group if lengths[index] == longest] if even else group
+        yield group
+        order = order[len(group) :]
 
 
 def left_pad(ids: Sequence[Sequence[int]], rows: list[int], *, pad: int, device: torch.device) -> Batch:

@@ -3,8 +3,8 @@
 A toggle names a stage (project, select, store); every cache layer runs the stages in this order on its own tokens.
 """
 
-from workbench.cache.held import cache_bytes
+from workbench.cache.held import accounts, cache_bytes
 from workbench.cache.layer import KVLayer, View
 from workbench.cache.stages import Selector, Stages, Store, use_stage
 
-__all__ = ["KVLayer", "Selector", "Stages", "Store", "View", "cache_bytes", "use_stage"]
+__all__ = ["KVLayer", "Selector", "Stages", "Store", "View", "accounts", "cache_bytes", "use_stage"]

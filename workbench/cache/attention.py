@@ -5,12 +5,18 @@ out = softmax(c tanh(q K^T s / c)) V over those slots, c the soft cap of models 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from workbench.cache.segments import Slots
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import Part
 
 BLOCK = 1024  # queries at a time where a mask is needed: the mask is (batch, kv_head, block, slot)
 
@@ -29,12 +35,42 @@ def attend(
     groups = heads // keys.shape[1]
     if seq == 1 and slots.full:  # decoding without padding: every slot is in the past
         return _grouped(query, keys, values, None, groups, scaling, soft_cap)
+    if seq == keys.shape[2] and slots.full and soft_cap is None:  # a prompt without padding
+        return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=groups > 1)
     blocks = []
     for start in range(0, seq, BLOCK):
         part = slice(start, start + BLOCK)
         mask = visible(slots, positions[:, part])  # (batch, kv_head or 1, block, slot)
         blocks.append(_grouped(query[:, :, part], keys, values, mask, groups, scaling, soft_cap))
     return torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]
+
+
+def attend_in_blocks(
+    query: Float[Tensor, "batch head 1 d_head"],
+    parts: Sequence[Part],
+    kv_heads: int,
+    *,
+    scaling: float | None,
+    soft_cap: float | None = None,
+) -> Float[Tensor, "batch head 1 d_head"]:
+    """What `attend` gives for one query that sees every token of `parts`, read a block at a time: keys, then values.
+
+    In float32. Packed parts are never whole in memory: O(slot) numbers for the weights, and one block.
+    """
+    batch, heads, _, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    packed = query.float().reshape(batch, kv_heads, heads // kv_heads, width) * scale
+    logits = torch.cat([packed @ keys.float().transpose(2, 3) for part in parts for keys in part.blocks(0)], -1)
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    if not all(part.even for part in parts):
+        filled = torch.cat([part.filled.expand(-1, kv_heads, -1) for part in parts], -1)  # (batch, kv_head, slot)
+        logits = logits.masked_fill(~filled[:, :, None], -torch.inf)
+    rest, out = logits.softmax(-1).nan_to_num(0.0), torch.zeros((), device=query.device)
+    for values in (values for part in parts for values in part.blocks(1)):
+        here, rest = rest[..., : values.shape[2]], rest[..., values.shape[2] :]
+        out = out + here @ values.float()
+    return out.reshape(batch, heads, 1, -1).to(query.dtype)
 
 
 def visible(slots: Slots, positions: Int[Tensor, "batch seq"]) -> Tensor:

@@ -7,6 +7,7 @@ Source: KIVI, Liu et al., 2024 (arXiv 2402.02750); shared key and value boundari
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from workbench.cache.held import held_bytes
 from workbench.cache.layer import KVLayer
-from workbench.cache.packing import dequantise, pack_planes, quantise, unpack_planes
+from workbench.cache.packing import dequantise, pack_planes, quantise, unpack_planes, unpack_planes_into
 from workbench.cache.segments import Frozen, Slots, joined, reordered
 
 WHOLE = 16  # bits that leave a tensor alone
+SCRATCH_CPU = 2**20  # numbers unpacked at once while reading: what a processor's cache holds
+SCRATCH_GPU = 2**24
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Packed:
     ) -> None:
         self.keys, self.values, self.positions, self.units = keys, values, positions, units.to(torch.int32)
         self.form, self.dtype = form, dtype
+        self.longest = int(units.max()) if units.numel() else 0
+        self.even = bool((units == self.longest).all())
 
     @classmethod
     def chosen(cls, slots: Slots, keep: Bool[Tensor, "batch kv_head slot"], form: Format) -> Packed:
@@ -76,11 +81,62 @@ class Packed:
         flat = (keys.flatten(0, 1), values.flatten(0, 1))
         return Frozen(flat, self.positions.flatten(), self.units * self.form.unit).slots()
 
+    def blocks(self, which: int) -> Iterator[Float[Tensor, "batch kv_head slot width"]]:
+        """Keys (0) or values (1), a block at a time, in memory that the next block overwrites; see `filled`."""
+        if not len(self):  # the rows that had some were dropped
+            return
+        parts = (self.keys, self.values)[which]
+        bits, group, unit = (self.form.key_bits, self.form.value_bits)[which], self.form.group, self.form.unit
+        (batch, heads), width = self.units.shape, parts[0].shape[-1]
+        most = SCRATCH_CPU if parts[0].device.type == "cpu" else SCRATCH_GPU
+        size = min(self.longest, max(1, most // (batch * heads * unit * width)))
+        scratch = torch.empty(batch, heads, size, unit, width, device=parts[0].device)
+        for start in range(0, self.longest, size):
+            stored = self._units(parts, start, min(start + size, self.longest))
+            if bits == WHOLE:
+                yield stored[0].flatten(2, 3)
+                continue
+            rows, step, base = stored
+            out = scratch[:, :, : rows.shape[2]]
+            unpack_planes_into(out, rows, bits, group)
+            if which == 0:
+                grouped, step, base = out.unflatten(3, (-1, group)), step[..., None, :], base[..., None, :]
+            else:
+                grouped, step, base = out.unflatten(4, (step.shape[-1], -1)), step[..., None], base[..., None]
+            torch.addcmul(base.float(), grouped, step.float(), out=grouped)
+            yield out.flatten(2, 3)
+
+    @property
+    def filled(self) -> Bool[Tensor, "batch kv_head slot"]:
+        """False at the slots of `blocks` that a shorter segment lacks."""
+        slots = torch.arange(self.longest * self.form.unit, device=self.units.device)
+        return slots < self.units[..., None] * self.form.unit
+
+    def _units(self, parts: tuple[Tensor, ...], start: int, stop: int) -> list[Tensor]:
+        """These units of every segment, each (batch, kv_head, unit, ...): a view where segments are equal."""
+        if self.even:
+            return [part.unflatten(0, (*self.units.shape, -1))[:, :, start:stop] for part in parts]
+        counts = self.units.long()
+        first = (counts.flatten().cumsum(0) - counts.flatten()).reshape(counts.shape)
+        wanted = torch.arange(start, stop, device=counts.device).minimum((counts[..., None] - 1).clamp_min(0))
+        index = (first[..., None] + wanted).clamp_max(len(self.positions) - 1)  # what is not filled may be anything
+        return [part[index] for part in parts]
+
+    def accounts(self) -> Iterator[tuple[str, int, int]]:
+        """Part, bytes, and the keys and values that it stands for."""
+        formats = (("keys", "codes_k", self.form.key_bits), ("values", "codes_v", self.form.value_bits))
+        for (whole, codes, bits), packed in zip(formats, (self.keys, self.values), strict=True):
+            numbers = packed[0].numel() if bits == WHOLE else packed[0].numel() * 8 // bits
+            yield whole if bits == WHOLE else codes, packed[0].nbytes, numbers
+            for name, tensor in zip(("scale", "zero"), packed[1:], strict=False):
+                yield name, tensor.nbytes, 0
+        yield "index", self.positions.nbytes + self.units.nbytes, 0
+
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows."""
-        order, self.units = reordered(self.units, index)
-        self.keys, self.values = tuple(t[order] for t in self.keys), tuple(t[order] for t in self.values)
-        self.positions = self.positions[order]
+        order, units = reordered(self.units, index)
+        keys, values = (tuple(t[order] for t in packed) for packed in (self.keys, self.values))
+        self.__init__(keys, values, self.positions[order], units, self.form, self.dtype)
 
     def with_later(self, later: Packed) -> Packed:
         """These units and later ones of the same segments as one part."""

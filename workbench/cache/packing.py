@@ -8,7 +8,7 @@ Source: KIVI, Liu et al., 2024 (arXiv 2402.02750); the planes, the shared bounda
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num, UInt8
 from torch import Tensor
 
 BITS = (2, 4, 8)
@@ -55,11 +55,20 @@ def pack_planes(codes: UInt8[Tensor, "unit token width"], bits: int, group: int)
 def unpack_planes(rows: UInt8[Tensor, "unit row width"], bits: int, group: int) -> UInt8[Tensor, "unit token width"]:
     """The codes that `pack_planes` packed."""
     _check_bits(bits)
-    units, _, width = rows.shape
+    codes = rows.new_empty(rows.shape[0], rows.shape[1] * 8 // bits, rows.shape[2])
+    unpack_planes_into(codes, rows, bits, group)
+    return codes
+
+
+def unpack_planes_into(
+    out: Num[Tensor, "... token width"], rows: UInt8[Tensor, "... row width"], bits: int, group: int
+) -> None:
+    """Write the codes as numbers of `out`'s own type: plane by plane, so that little memory is passed over twice."""
     planes = 8 // bits
-    shifts = (torch.arange(planes, device=rows.device, dtype=torch.uint8) * bits)[:, None, None]
-    split = rows.reshape(units, -1, 1, group, width) >> shifts & (2**bits - 1)  # (unit, block, plane, group, width)
-    return split.reshape(units, -1, width)
+    split, blocks = out.unflatten(-2, (-1, planes, group)), rows.unflatten(-2, (-1, group))
+    for plane in range(planes):
+        codes = blocks >> plane * bits if plane else blocks
+        split[..., plane, :, :] = codes & 2**bits - 1 if plane < planes - 1 else codes
 
 
 def words_of_channels(codes: UInt8[Tensor, "... token"], bits: int) -> Tensor:

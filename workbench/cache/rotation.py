@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from workbench.subject import Subject
 
 PROOF_RTOL = 1e-3  # float32, measured 1e-6; an unrotated key is wrong by 1
+HALF_RTOL = 3e-2  # bfloat16, measured 6e-3: cosines, sines and keys are rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +57,19 @@ class Rotation:
             )
         keys = _keys_of_one_token(subject)
         positions = torch.arange(keys.shape[2], device=keys.device)[None]
+        rtol = PROOF_RTOL if subject.dtype in (torch.float32, torch.float64) else HALF_RTOL
         for interleaved in (False, True):
             made = cls(module, interleaved)
             plain = made.turn(keys, positions, back=True)
-            if float((plain - plain[:, :, :1]).abs().max()) <= PROOF_RTOL * float(keys.abs().max()):
+            if float((plain - plain[:, :, :1]).abs().max()) <= rtol * float(keys.abs().max()):
                 return made
         raise ValueError(f"Rotation: taking back the rotations of {subject.name} does not give one key for one token.")
+
+    @classmethod
+    def if_any(cls, subject: Subject) -> Rotation | None:
+        """The same, but None for a model whose decoder has no rotary positions at all."""
+        trunk = subject.model.get_submodule(subject.anatomy.trunk)
+        return cls.of(subject) if any(name.endswith("inv_freq") for name, _ in trunk.named_buffers()) else None
 
     @torch.no_grad()
     def turn(
@@ -75,21 +83,36 @@ class Rotation:
 
         Scaled models multiply by a factor when turning, and `back` divides by it: the two are inverse.
         """
-        heads = positions.shape[1] if positions.dim() == 3 else 1
-        flat = positions.reshape(-1, positions.shape[-1]).to(x.device)
-        cos, sin = (t.float() for t in self.module(x[:1, :1, :1].float(), flat))
-        width = cos.shape[-1]
-        cos, sin = (t.reshape(-1, heads, *t.shape[1:]) for t in (cos, sin))  # (batch, head or 1, seq, rotary)
+        cos, sin = self._waves(x, positions)
         if back:
             scale = cos.square() + sin.square()
             cos, sin = cos / scale, -sin / scale
+        return self._turned(x, cos, sin)
+
+    def move(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """Keys at positions `old` as they would be at `new`, rounded once; a scale factor is not applied again."""
+        return self.turn(self.turn(x.float(), old, back=True), new).to(x.dtype)
+
+    @torch.no_grad()
+    def mean_back(
+        self, x: Float[Tensor, "batch head seq d_head"], positions: Int[Tensor, "batch place"]
+    ) -> Float[Tensor, "batch head seq d_head"]:
+        """M^T `x`, M the mean of the rotations to these places: q_0 . M^T k is the mean of (R q_0) . k over them."""
+        cos, sin = (wave.mean(2, keepdim=True) for wave in self._waves(x, positions))
+        return self._turned(x, cos, -sin)
+
+    def _waves(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (batch, head or 1, seq, rotary), times the factor of scaled models."""
+        heads = positions.shape[1] if positions.dim() == 3 else 1
+        flat = positions.reshape(-1, positions.shape[-1]).to(x.device)
+        cos, sin = (t.float() for t in self.module(x[:1, :1, :1].float(), flat))
+        return cos.reshape(-1, heads, *cos.shape[1:]), sin.reshape(-1, heads, *sin.shape[1:])
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        width = cos.shape[-1]
         part = x[..., :width].float()
         turned = part * cos + self._half(part) * sin
         return torch.cat([turned.to(x.dtype), x[..., width:]], -1)
-
-    def move(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """Keys at positions `old` as they would be at `new`; a scale factor is not applied again."""
-        return self.turn(self.turn(x, old, back=True), new)
 
     def _half(self, x: Tensor) -> Tensor:
         if self.interleaved:

@@ -6,13 +6,15 @@ A segment is the tokens of one (row, kv_head), oldest first. `Recent` grows at i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
+PARTS = ("keys", "values", "scores")  # what the tensors of a segment are, in order
 GROWTH = 1.125  # a full buffer grows by an eighth: appends cost O(1) on average, and at most an eighth lies idle
 
 
@@ -36,6 +38,11 @@ class Slots:
     def lengths(self) -> Int[Tensor, "batch kv_head"]:
         return self.filled.sum(-1)
 
+    def without(self, hidden: Bool[Tensor, "batch kv_head slot"]) -> Slots:
+        """The same slots, some of the first ones as if they were empty."""
+        hidden = pad(hidden, (0, self.positions.shape[-1] - hidden.shape[-1]))
+        return Slots(self.tensors, self.positions.expand_as(hidden).masked_fill(hidden, -1), False)
+
 
 class Recent:
     """A growing buffer of whole tokens: tensors (batch, kv_head, capacity, width), the same tokens in every head."""
@@ -45,7 +52,7 @@ class Recent:
         self.positions: Tensor = torch.zeros(0)
         self.counts: Tensor = torch.zeros(0)  # (batch,)
         self.length = 0  # the longest row
-        self._even = True  # every row is as long: the new tokens' place is one slice
+        self.even = True  # every row is as long: the new tokens' place is one slice
 
     def append(
         self, new: Sequence[Tensor], positions: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]
@@ -56,12 +63,13 @@ class Recent:
         seq = positions.shape[1]
         all_real = bool(real.all())
         self._reserve(self.length + (seq if all_real else int(real.sum(1).max())))
-        if all_real and self._even:
+        if all_real and self.even:
             span = slice(self.length, self.length + seq)
             for buffer, value in zip(self.buffers, new, strict=True):
                 buffer[:, :, span] = value
             self.positions[:, span] = positions
             self.counts += seq
+            self.length += seq
         else:
             row, column = real.nonzero(as_tuple=True)
             slot = self.counts[row] + (real.cumsum(1) - 1)[row, column]
@@ -69,8 +77,8 @@ class Recent:
                 buffer[row, :, slot] = value[row, :, column]
             self.positions[row, slot] = positions[row, column].to(self.positions.dtype)
             self.counts += real.sum(1)
-            self._even = bool((self.counts == self.counts[0]).all())
-        self.length = int(self.counts.max())
+            self.even = bool((self.counts == self.counts[0]).all())
+            self.length = int(self.counts.max())
 
     def __len__(self) -> int:
         return self.length
@@ -81,14 +89,34 @@ class Recent:
         fresh._begin(self.buffers)
         return fresh
 
+    @property
+    def filled(self) -> Bool[Tensor, "batch 1 slot"]:
+        """False at the slots of `blocks` that a shorter row lacks."""
+        return torch.arange(self.length, device=self.counts.device) < self.counts[:, None, None]
+
+    def blocks(self, which: int) -> Iterator[Float[Tensor, "batch kv_head slot width"]]:
+        """Keys (0) or values (1), as one view."""
+        yield self.buffers[which][:, :, : self.length]
+
     def slots(self) -> Slots:
         """The tokens held, as views."""
         tensors = tuple(buffer[:, :, : self.length] for buffer in self.buffers)
-        return Slots(tensors, self.positions[:, None, : self.length], self._even)
+        return Slots(tensors, self.positions[:, None, : self.length], self.even)
 
     def add(self, number: int, change: Float[Tensor, "batch kv_head slot width"]) -> None:
         """Add to one of the tensors, slot by slot."""
         self.buffers[number][:, :, : self.length] += change
+
+    def accounts(self) -> Iterator[tuple[str, int, int]]:
+        """Part, bytes, and the keys and values that it stands for."""
+        tokens = int(self.counts.sum())
+        for name, buffer in zip(PARTS, self.buffers, strict=False):
+            used = tokens * buffer.shape[1] * buffer.shape[3]
+            yield name, used * buffer.element_size(), 0 if name == "scores" else used
+            yield "idle", buffer.nbytes - used * buffer.element_size(), 0
+        filled = tokens * self.positions.element_size()
+        yield "index", filled + self.counts.nbytes, 0
+        yield "idle", self.positions.nbytes - filled, 0
 
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows."""
@@ -97,7 +125,7 @@ class Recent:
             self.positions = self.positions.index_select(0, index.to(self.positions.device))
             self.counts = self.counts.index_select(0, index.to(self.counts.device))
             self.length = int(self.counts.max()) if len(self.counts) else 0
-            self._even = bool((self.counts == self.length).all())
+            self.even = bool((self.counts == self.length).all())
 
     def _begin(self, new: Sequence[Tensor]) -> None:
         batch, device = new[0].shape[0], new[0].device
@@ -130,7 +158,7 @@ class Frozen:
     def __init__(self, tensors: tuple[Tensor, ...], positions: Tensor, counts: Int[Tensor, "batch kv_head"]) -> None:
         self.tensors, self.positions, self.counts = tensors, positions, counts.to(torch.int32)
         self.longest = int(counts.max()) if counts.numel() else 0
-        self._even = bool((counts == self.longest).all())
+        self.even = bool((counts == self.longest).all())
 
     @classmethod
     def chosen(cls, slots: Slots, keep: Bool[Tensor, "batch kv_head slot"]) -> Frozen:
@@ -141,32 +169,43 @@ class Frozen:
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def filled(self) -> Bool[Tensor, "batch kv_head slot"]:
+        """False at the slots of `blocks` that a shorter segment lacks."""
+        return torch.arange(self.longest, device=self.counts.device) < self.counts[..., None]
+
+    def blocks(self, which: int) -> Iterator[Float[Tensor, "batch kv_head slot width"]]:
+        """Keys (0) or values (1): a view of equal segments, others spread into slots."""
+        yield self._spread(self.tensors[which])
+
     def slots(self) -> Slots:
         """The tokens held: a view of equal segments; unequal ones are spread into slots for the time of one reading."""
-        shape = (*self.counts.shape, self.longest)
-        if self._even:
-            return Slots(
-                tuple(t.reshape(*shape, t.shape[1]) for t in self.tensors), self.positions.reshape(shape), True
-            )
-        filled = torch.arange(self.longest, device=self.counts.device) < self.counts[..., None]
-        positions = self.positions.new_full(shape, -1)
-        positions[filled] = self.positions
-        spread = []
-        for tensor in self.tensors:
-            wide = tensor.new_zeros(*shape, tensor.shape[1])
-            wide[filled] = tensor
-            spread.append(wide)
-        return Slots(tuple(spread), positions, False)
+        positions = self._spread(self.positions[:, None], -1)[..., 0]
+        return Slots(tuple(map(self._spread, self.tensors)), positions, self.even)
 
     def add(self, number: int, change: Float[Tensor, "batch kv_head slot width"]) -> None:
         """Add to one of the tensors, slot by slot."""
-        filled = torch.arange(self.longest, device=self.counts.device) < self.counts[..., None]
-        self.tensors[number].add_(change[filled])
+        self.tensors[number].add_(change[self.filled])
+
+    def accounts(self) -> Iterator[tuple[str, int, int]]:
+        """Part, bytes, and the keys and values that it stands for."""
+        for name, tensor in zip(PARTS, self.tensors, strict=False):
+            yield name, tensor.nbytes, 0 if name == "scores" else tensor.numel()
+        yield "index", self.positions.nbytes + self.counts.nbytes, 0
 
     def rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows."""
         order, counts = reordered(self.counts, index)
         self.__init__(tuple(tensor[order] for tensor in self.tensors), self.positions[order], counts)
+
+    def _spread(self, tensor: Tensor, empty: int = 0) -> Tensor:
+        """(tokens, width) as (batch, kv_head, slot, width)."""
+        shape = (*self.counts.shape, self.longest, tensor.shape[1])
+        if self.even:
+            return tensor.reshape(shape)
+        wide = tensor.new_full(shape, empty)
+        wide[self.filled] = tensor
+        return wide
 
 
 def reordered(counts: Int[Tensor, "batch kv_head"], rows: Tensor) -> tuple[Tensor, Int[Tensor, "batch kv_head"]]:

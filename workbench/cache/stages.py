@@ -22,14 +22,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from workbench.cache.layer import KVLayer, View
 
 if TYPE_CHECKING:
+    from workbench.cache.rotation import Rotation
+    from workbench.cache.segments import Slots
     from workbench.subject import Subject
-    from workbench.toggle import Receipt
+    from workbench.toggle import Receipt, Toggle
 
 PREFIX = "workbench_kv_"
 
 
 class Project(Protocol):
     """How a token is written down: keys and values to other tensors and back."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether new tokens attend to themselves exactly, in the forward that brings them."""
+        ...
 
     def encode(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, ...]: ...
 
@@ -49,6 +56,14 @@ class Selector(Protocol):
         ...
 
 
+class Hide(Protocol):
+    """Which held tokens the queries of one forward overlook."""
+
+    def __call__(self, layer: int, held: Slots, positions: Tensor, real: Tensor) -> Bool[Tensor, "batch kv_head slot"]:
+        """True at hidden slots; `held` with running scores, `positions` and `real` (batch, seq) of the new tokens."""
+        ...
+
+
 class Store(Protocol):
     """In which number format tokens are held."""
 
@@ -61,13 +76,22 @@ class Store(Protocol):
 class Stages:
     """The stages of the active toggles, in the order in which every cache layer runs them.
 
-    piece   tokens that are read at once where a text is read, not generated: each piece attends to the cache as it is
+    piece      tokens that are read at once where a text is read, not generated: each attends to the cache as it is;
+               None: a text can't be read in pieces
+    chunk      tokens of a prompt that `Subject.generate` reads at once, so that selections bound the memory; None: all
+    hide       whether held tokens are to be overlooked in one forward, though they stay
+    rotation   how the model turns keys by their positions, where a stage has to know
+    reindex    kept keys stand contiguously right before the next token, whatever lay between them
     """
 
     project: Project | None = None
     select: Selector | None = None
     store: Store | None = None
-    piece: int = 1
+    piece: int | None = 1
+    chunk: int | None = None
+    hide: Hide | None = None
+    rotation: Rotation | None = None
+    reindex: bool = False
     receipts: dict[str, Receipt] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -75,6 +99,11 @@ class Stages:
 
     def __str__(self) -> str:
         return " | ".join(str(receipt.toggle) for receipt in self.receipts.values()) or "no key/value toggle"
+
+    @property
+    def toggles(self) -> dict[str, Toggle]:
+        """The toggle behind each stage."""
+        return {stage: receipt.toggle for stage, receipt in self.receipts.items()}
 
     def acted(self, stage: str, tokens: int, bytes_freed: int) -> None:
         """Count in the receipt of a stage's toggle what it did."""
@@ -102,10 +131,10 @@ def use_stage(
 
 def _host(subject: Subject, undo: ExitStack) -> None:
     """Make the caches and the attention of the model ours."""
-    trunk = subject.model.get_submodule(subject.anatomy.trunk)
+    trunk, stages = subject.model.get_submodule(subject.anatomy.trunk), subject.stages
     config: Any = trunk.config
     before = config._attn_implementation_internal
-    _refuse_own_attention(subject)
+    refuse_own_attention(subject)
     name = _registered(before)
     config._attn_implementation_internal = name
     undo.callback(setattr, config, "_attn_implementation_internal", before)
@@ -115,12 +144,17 @@ def _host(subject: Subject, undo: ExitStack) -> None:
         given = signature.bind_partial(module, *args, **kwargs).arguments
         cache, wanted = given.get("past_key_values"), given.get("use_cache")
         if isinstance(cache, KVCache):
+            if cache.toggles != stages.toggles:
+                raise ValueError(
+                    f"cache: got a cache made under other key/value toggles than {stages}. Start from an empty one: "
+                    "what was dropped or packed can't be adopted."
+                )
             return None
         if cache is None and not (config.use_cache if wanted is None else wanted):
             return None
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                f"cache: got a cache that was filled without {subject.stages}. Start from an empty one: "
+                f"cache: got a cache that was filled without {stages}. Start from an empty one: "
                 "what was read before the toggle acted can't be compressed afterwards."
             )
         if "past_key_values" not in kwargs and cache is not None:
@@ -140,6 +174,7 @@ class KVCache(Cache):
             for index, layer in enumerate(plain)
         ]
         super().__init__(layers=layers)
+        self.toggles = subject.stages.toggles
         alone = sum(type(layer) is not DynamicLayer for layer in plain)
         if alone:
             note = f"{alone} sliding-window or recurrent layers left alone"
@@ -161,7 +196,7 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None
         module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         if not isinstance(key, KVLayer):
-            plain = ALL_ATTENTION_FUNCTIONS.get(implementation) or _eager(module)
+            plain = ALL_ATTENTION_FUNCTIONS.get(implementation) or eager_attention(module)
             return plain(module, query, key, value, attention_mask, **options)
         if options.get("s_aux") is not None:
             raise ValueError("cache: attention with sink parameters is not supported under key/value toggles.")
@@ -171,12 +206,12 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None
     return attention
 
 
-def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The eager attention of a model's own file."""
     return vars(sys.modules[type(module).__module__])["eager_attention_forward"]
 
 
-def _refuse_own_attention(subject: Subject) -> None:
+def refuse_own_attention(subject: Subject) -> None:
     file = vars(sys.modules[type(subject.model).__module__])
     if "ALL_ATTENTION_FUNCTIONS" not in file:
         raise ValueError(

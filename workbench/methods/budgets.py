@@ -56,16 +56,14 @@ def adaptive(
     scores: Float[Tensor, "batch kv_head slot"],
     filled: Bool[Tensor, "batch kv_head slot"],
     forced: Bool[Tensor, "batch kv_head slot"],
-    counts: Int[Tensor, " batch"],
+    total: Int[Tensor, " batch"],
     alpha: float = 0.2,
 ) -> Bool[Tensor, "batch kv_head slot"]:
-    """The `counts` x heads best slots of all heads of a row together; each head keeps its floor(alpha counts) best."""
+    """The `total` best slots of all heads of a row together; each head keeps its floor(alpha total / heads) best."""
     batch, heads, slots = scores.shape
-    safe = ranks(scores, filled, forced) < (alpha * counts.double()).floor()[:, None, None]
+    safe = ranks(scores, filled, forced) < (alpha * (total // heads).double()).floor()[:, None, None]
     together = (batch, 1, heads * slots)
-    kept = best(
-        scores.reshape(together), filled.reshape(together), (forced | safe).reshape(together), (counts * heads)[:, None]
-    )
+    kept = best(scores.reshape(together), filled.reshape(together), (forced | safe).reshape(together), total[:, None])
     return kept.reshape(batch, heads, slots)
 
 

@@ -49,7 +49,7 @@ class CostResult(Result):
     kl, top1_agreement     (text,) against the untoggled subject
     n_tokens               (text,) predicted tokens: the weights of every mean over texts
     times_ms               (side, repeat, 2) prefill and decode per token, side 0 is the base
-    bytes_held             (side, 2) cache and peak
+    bytes_held             (side, 2) the cache after prompt and continuation, and the peak of both
     """
 
     nll: np.ndarray
@@ -159,7 +159,8 @@ class CostResult(Result):
 class Cost(Probe):
     """What the active toggles cost. Run it under toggles: `with subject.under(toggle): Cost().run(subject, texts)`.
 
-    prompt_tokens, new_tokens   length of the timed prompt and decode
+    prompt_tokens, new_tokens   length of the prompt and continuation that are timed and weighed; a toggle on caches
+                                needs a prompt that is longer than what it leaves whole
     repeats                     timed repeats of each side, alternating
     cut                         cut texts to the context instead of raising
     """
@@ -244,15 +245,23 @@ class Cost(Probe):
 
     @torch.no_grad()
     def _memory(self, subject: Subject, prompt: Tensor) -> tuple[float, float]:
-        """Bytes of the cache after the prefill, and the peak of bytes allocated in it beyond the weights."""
+        """Bytes of the cache after prompt and continuation, and the peak of bytes allocated beyond the weights."""
         if prompt.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(prompt.device)
             before = torch.cuda.memory_allocated(prompt.device)
-            output = subject.model(input_ids=prompt, use_cache=True)
-            return cache_bytes(output.past_key_values), torch.cuda.max_memory_allocated(prompt.device) - before
+            held = cache_bytes(self._continued(subject, prompt))
+            return held, torch.cuda.max_memory_allocated(prompt.device) - before
         with AllocationMeter() as meter:
-            output = subject.model(input_ids=prompt, use_cache=True)
-        return cache_bytes(output.past_key_values), meter.peak_bytes
+            cache = self._continued(subject, prompt)
+        return cache_bytes(cache), meter.peak_bytes
+
+    def _continued(self, subject: Subject, prompt: Tensor) -> Any:
+        """The cache of the prompt and `new_tokens` greedy tokens after it."""
+        output = subject.model(input_ids=prompt, use_cache=True)
+        for _ in range(self.new_tokens):
+            chosen = output.logits[:, -1:].argmax(-1)
+            output = subject.model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
+        return output.past_key_values
 
 
 def compare(base: Tensor, logprobs: Tensor, ids: Sequence[int]) -> tuple[float, float, float, float, float]:

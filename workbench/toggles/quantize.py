@@ -69,7 +69,7 @@ class QuantizeKV(Toggle):
 
     @classmethod
     def examples(cls, subject: Subject) -> tuple[Toggle, ...]:
-        return (cls(2, 2, group=2, residual=1, sinks=1), cls(4, 2, group=2, residual=0, sinks=0))
+        return (cls(4, 4, group=4, residual=1, sinks=1), cls(8, 2, group=3, residual=0, sinks=0))
 
     @classmethod
     def neutral(cls, subject: Subject) -> Toggle:
