@@ -177,7 +177,7 @@ def beside(figures: Mapping[str, go.Figure], *, title: str = "") -> go.Figure:
     first = next(iter(figures.values())).layout
     made = laid_out(made, title, first.xaxis.title.text, "")
     made.update_layout(margin={"t": made.layout.margin.t + LINE_HEIGHT})  # room for the names, the title above them
-    made.update_layout(title={"yref": "container", "y": 1.0, "yanchor": "top", "pad": {"t": 12}})
+    made.update_layout(title={"yref": "container", "y": 0.95, "yanchor": "top"})
     made.update_xaxes(type="category", showgrid=False)
     made.update_yaxes(type="category", showgrid=False, autorange="reversed")
     return made.update_yaxes(title={"text": first.yaxis.title.text}, col=1)
