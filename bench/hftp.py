@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench._timing import machine, medians, peak_mb, record
-from workbench.methods import tagging
+from workbench.methods.hftp import tagging
 
 N_NEURONS, N_PERMUTATIONS, SAMPLE, S, U = 4096, 1000, 24, 50, 4
 BINS = [S, 2 * S]  # sentence and phrase rate in a text of S * U units

@@ -16,10 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from workbench.corpora import streams
 from workbench.corpora.streams import UnitCorpus
-from workbench.methods import tagging, units
-from workbench.methods.streaming import CONTROLS, World, as_corpus, make_streams, repeated_units, scramble
-from workbench.methods.tagged import HFTPResult
-from workbench.methods.tagtest import FrequencyTest
+from workbench.methods.hftp import tagging, units
+from workbench.methods.hftp.streaming import CONTROLS, World, as_corpus, make_streams, repeated_units, scramble
+from workbench.methods.hftp.tagged import HFTPResult
+from workbench.methods.hftp.tagtest import FrequencyTest
 from workbench.organism.architecture import tokenizer as word_tokenizer
 from workbench.probes.hftp import HFTP, solved
 from workbench.result import Result

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SUBJECT = {"subject", "capture", "card", "generation", "loading", "remote", "stack", "step", "tokens"}
+SUBJECT = {"subject", "capture", "card", "generation", "loading", "reading", "remote", "stack", "step", "tokens"}
 LAYERS = (  # from the top; a name stands for the module and, for a folder, for everything in it
     {"cli"},
     {"widgets"},
@@ -19,7 +19,7 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
     {"probes"},
     {"toggles"},
     {"methods"},
-    {"toggle", "probe", "result", "directions", "cache", "memory", "unembedding"} | SUBJECT,
+    {"toggle", "probe", "result", "directions", "strength", "cache", "memory", "unembedding"} | SUBJECT,
     {
         "anatomy",
         "discovery",
@@ -32,6 +32,7 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
         "keys",
         "kernel",
         "safe_html",
+        "dice",
     },
     {"plots", "stats", "corpora"},
 )

@@ -52,6 +52,28 @@ def test_streaming_finds_the_dense_top_tokens_and_gives_ties_to_the_smaller_id(c
     assert torch.equal(ids, order) and torch.equal(scores, dense.gather(1, order))
 
 
+@pytest.mark.parametrize("at_once", [3, 2048])
+def test_the_negated_vectors_have_their_own_top_tokens_from_the_same_products(at_once: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(-2, 3, (100, 4), generator=generator).float()
+    vectors = torch.cat([torch.randint(-2, 3, (20, 4), generator=generator).float(), torch.zeros(1, 4)])
+    allowed = torch.rand(100, generator=generator) > 0.2
+    both = top_tokens(vectors, rows, 9, allowed=allowed, negated=True, chunk=30, at_once=at_once)
+    for sign, own in ((0, vectors), (1, -vectors)):
+        scores, ids = top_tokens(own, rows, 9, allowed=allowed)
+        assert torch.equal(both[1][sign], ids) and torch.equal(both[0][sign], scores)
+    assert ids[-1].tolist() == allowed.nonzero()[:9, 0].tolist(), "all products of a zero vector tie"
+
+
+def test_real_numbers_have_the_dense_top_tokens() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows, vectors = torch.randn(3000, 48, generator=generator), torch.randn(50, 48, generator=generator)
+    scores, ids = top_tokens(vectors, rows, 20, chunk=700, at_once=16)
+    dense = (vectors.double() @ rows.double().T).topk(20, dim=1)
+    assert torch.equal(ids, dense.indices)
+    torch.testing.assert_close(scores.double(), dense.values, rtol=1e-5, atol=1e-5)  # float32 sums of 48 products
+
+
 def test_more_tokens_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="expected 1 to the number of tokens"):
         top_tokens(torch.zeros(1, 4), torch.zeros(5, 4), 6)

@@ -7,17 +7,30 @@ Source: Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from workbench.files import write_atomically
 from workbench.site import Site
+from workbench.tokens import Texts
+from workbench.values import fingerprint
 
 if TYPE_CHECKING:
+    from workbench.capture import Capture
     from workbench.subject import Subject
+
+Masks = Sequence[Sequence[bool]]
+FORMAT = "workbench.direction"  # the entry of a file's metadata that makes it one
+AT_ONCE = 64  # texts captured before they join a running sum
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,12 +41,16 @@ class Direction:
     site      where it was found and belongs; None for a bare vector
     model     fingerprint of the subject it was found on; it is refused on another. None for a bare vector
     name      what it stands for
+    sign      the sign convention in words: what minus what, so that it is known which way a positive push goes
+    data      fingerprint of the texts it was found from; "" for a bare vector
     """
 
     vector: Tensor
     site: Site | None = None
     model: str | None = None
     name: str = ""
+    sign: str = ""
+    data: str = ""
 
     def __post_init__(self) -> None:
         vector = torch.as_tensor(self.vector).detach().float().cpu()
@@ -51,7 +68,17 @@ class Direction:
         """The same direction with norm 1."""
         if self.norm == 0:
             raise ValueError(f"{self}: the zero vector has no direction.")
-        return Direction(self.vector / self.norm, self.site, self.model, self.name)
+        return replace(self, vector=self.vector / self.norm)
+
+    def cosine(self, other: Direction | Tensor) -> float:
+        """Cosine of the angle to another direction or vector, from -1 to 1; NaN where one is zero."""
+        mine = self.vector.double()
+        theirs = (other.vector if isinstance(other, Direction) else other.detach().cpu()).double()
+        if mine.shape != theirs.shape:
+            raise ValueError(
+                f"cosine: {self} has {len(mine)} dims, the other {tuple(theirs.shape)}; expected the same."
+            )
+        return float(mine @ theirs / (mine.norm() * theirs.norm()))
 
     def for_subject(self, subject: Subject, site: Site) -> Tensor:
         """The vector, checked to fit `site` of `subject`: same model and width."""
@@ -69,15 +96,62 @@ class Direction:
             )
         return self.vector.to(subject.device)
 
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write it as safetensors, with site, model, name, norm, sign and data as metadata; returns the path.
+
+        Raises FileExistsError where a file is there already, unless `overwrite`.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"save: {path} is there already. Pass overwrite=True or choose another name.")
+        facts = {
+            "name": self.name,
+            "site": str(self.site) if self.site else None,
+            "model": self.model,
+            "sign": self.sign,
+            "data": self.data,
+            "norm": self.norm,
+            "sha256": self.digest,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One entry: safetensors writes several in no fixed order, and the same direction must give the same bytes.
+        write_atomically(path, save({"vector": self.vector}, metadata={FORMAT: json.dumps(facts, sort_keys=True)}))
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> Direction:
+        """The direction that `save` wrote to `path`. It is still refused on another model than its own."""
+        try:
+            with safe_open(Path(path), framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+                vector = file.get_tensor("vector") if "vector" in file.keys() else None  # noqa: SIM118  # no mapping
+        except SafetensorError as error:
+            raise ValueError(f"load: {path} is no safetensors file ({error}), expected one that save wrote.") from None
+        if vector is None or facts is None:
+            raise ValueError(
+                f"load: {path} holds no direction with its site and model, expected a file that Direction.save wrote. "
+                "A bare vector is made a direction by Direction(vector, site)."
+            )
+        site = Site.parse(facts["site"]) if facts["site"] else None
+        made = Direction(vector, site, facts["model"], facts["name"], facts["sign"], facts["data"])
+        if made.digest != facts["sha256"]:
+            raise ValueError(f"load: the vector in {path} is not the one that was saved. Was the file changed?")
+        return made
+
     def __add__(self, other: Direction) -> Direction:
         if not isinstance(other, Direction):
             return NotImplemented
         if (self.site, self.model) != (other.site, other.model) or len(self.vector) != len(other.vector):
             raise ValueError(f"Direction: {self} and {other} belong to different places or models; they don't add.")
-        return Direction(self.vector + other.vector, self.site, self.model, f"{self.name} + {other.name}".strip(" +"))
+        words = (
+            " + ".join(filter(None, pair))
+            for pair in ((self.name, other.name), (self.sign, other.sign), (self.data, other.data))
+        )
+        return Direction(self.vector + other.vector, self.site, self.model, *words)
 
     def __mul__(self, factor: float) -> Direction:
-        return Direction(self.vector * factor, self.site, self.model, f"{factor:g} {self.name}".strip())
+        sign = f"{factor:g} ({self.sign})" if self.sign else ""
+        return replace(self, vector=self.vector * factor, name=f"{factor:g} {self.name}".strip(), sign=sign)
 
     __rmul__ = __mul__
 
@@ -90,11 +164,13 @@ class Direction:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Direction):
             return NotImplemented
-        same = (self.site, self.model, self.name) == (other.site, other.model, other.name)
-        return same and torch.equal(self.vector, other.vector)
+        return self._facts() == other._facts() and torch.equal(self.vector, other.vector)
 
     def __hash__(self) -> int:
-        return hash((self.site, self.model, self.name, self.digest))
+        return hash((*self._facts(), self.digest))
+
+    def _facts(self) -> tuple[object, ...]:
+        return (self.site, self.model, self.name, self.sign, self.data)
 
     @property
     def digest(self) -> str:
@@ -108,19 +184,100 @@ class Direction:
 
 def difference_in_means(
     subject: Subject,
-    towards: Sequence[str],
-    away: Sequence[str],
+    towards: Texts,
+    away: Texts,
     site: Site,
     *,
-    tokens: Literal["last", "mean"] = "last",
+    tokens: Literal["last", "mean"] | int | tuple[Masks, Masks] = "last",
     name: str = "difference in means",
 ) -> Direction:
-    """Mean value at `site` on the texts `towards` minus that on `away`, at the last token or the mean over tokens."""
-    means = [subject.capture(texts, [site], tokens=tokens)[site].double().mean(0) for texts in (towards, away)]
-    return Direction((means[0] - means[1]).flatten(), site, subject.fingerprint, name)
+    """Mean value at `site` on the texts `towards` minus that on `away`; every text counts alike.
+
+    tokens   "last"; "mean" over each text's tokens; a position, negative ones from the end (-1 is the last); or a
+             pair of boolean masks, (one per text of `towards`, one per text of `away`), averaged over each text
+    Sums run in float64 over groups of texts, so memory does not grow with their number.
+    """
+    rules = tokens if isinstance(tokens, tuple) else (tokens, tokens)
+    if len(rules) != 2:
+        raise ValueError(f"difference_in_means: got {len(rules)} sets of masks, expected (of towards, of away).")
+    groups = zip((towards, away), rules, strict=True)
+    first, second = (_mean_value(subject, texts, site, rule) for texts, rule in groups)
+    data = fingerprint((tuple(towards), tuple(away)))
+    return Direction(first - second, site, subject.fingerprint, name, "mean(towards) - mean(away)", data)
+
+
+def position_means(
+    subject: Subject, texts: Texts, at: Sequence[Site], positions: Sequence[int]
+) -> dict[Site, Float[Tensor, "position width"]]:
+    """Mean over texts at each position of each text (negative ones from the end), per site, in float64 on the CPU.
+
+    One forward per text for all sites and positions; the sums run, so memory does not grow with the texts.
+    """
+    sums: dict[Site, Tensor] = {}
+    for part in _groups(texts):
+        values = at_positions(subject, part, at, positions)
+        sums = {site: values[site].sum(0) + sums.get(site, 0.0) for site in at}
+    return {site: total / len(texts) for site, total in sums.items()}
+
+
+def at_positions(
+    subject: Subject, texts: Texts, at: Sequence[Site], positions: Sequence[int]
+) -> dict[Site, Float[Tensor, "text position width"]]:
+    """Value of every text at each of the positions (negative ones from the end), in float64 on the CPU."""
+    lengths = subject.tokenize(texts).lengths
+    places = torch.tensor([[p if p >= 0 else n + p for p in positions] for n in lengths])  # (text, position)
+    outside = ((places < 0) | (places >= torch.tensor(lengths)[:, None])).nonzero()
+    if len(outside):
+        text, position = outside[0].tolist()
+        raise ValueError(
+            f"tokens: text {text} has {lengths[text]} tokens, so it has no position {positions[position]}. "
+            "Positions count from 0, negative ones from the end, special tokens included."
+        )
+    masks = [
+        torch.zeros(n, dtype=torch.bool).index_fill_(0, row, True).tolist()
+        for n, row in zip(lengths, places, strict=True)
+    ]
+    capture = subject.capture(texts, at, tokens=masks, progress=False)
+    row = {key: index for index, key in enumerate(zip(capture.text.tolist(), capture.position.tolist(), strict=True))}
+    picked = torch.tensor([[row[text, place] for place in line] for text, line in enumerate(places.tolist())])
+    return {site: capture[site].double().flatten(1)[picked] for site in at}
 
 
 def random_direction(like: Direction, seed: int = 0) -> Direction:
     """A direction of the same norm and place with a random orientation: the control for any effect of `like`."""
     noise = torch.randn(len(like.vector), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return Direction(noise / noise.norm() * like.norm, like.site, like.model, f"random, seed {seed}")
+
+
+def _mean_value(
+    subject: Subject, texts: Texts, site: Site, tokens: Literal["last", "mean"] | int | Masks
+) -> Float[Tensor, " width"]:
+    """Mean over texts of each text's value, in float64."""
+    if tokens == "last" or isinstance(tokens, int):
+        position = tokens if isinstance(tokens, int) else -1
+        return position_means(subject, texts, [site], [position])[site][0]
+    if isinstance(tokens, str) and tokens != "mean":
+        raise ValueError(f"tokens: got {tokens!r}, expected 'last', 'mean', a position, or a pair of sets of masks.")
+    if not isinstance(tokens, str) and len(tokens) != len(texts):
+        raise ValueError(f"tokens: got {len(tokens)} masks for {len(texts)} texts, expected one each.")
+    total = torch.zeros((), dtype=torch.float64)
+    for start, part in zip(range(0, len(texts), AT_ONCE), _groups(texts), strict=True):
+        rule = tokens if isinstance(tokens, str) else tokens[start : start + AT_ONCE]
+        capture = subject.capture(part, [site], tokens=rule, progress=False)
+        total = total + _per_text(capture, site, len(part)).sum(0)
+    return total / len(texts)
+
+
+def _per_text(capture: Capture, site: Site, n_texts: int) -> Float[Tensor, "text width"]:
+    """Mean over the captured tokens of each text; a text without any is refused, as it would count for zero."""
+    values = capture[site].double().flatten(1)
+    count = torch.bincount(capture.text, minlength=n_texts)
+    if (count == 0).any():
+        raise ValueError(f"tokens: the mask of text {int(count.argmin())} marks no token, expected at least one.")
+    return values.new_zeros(n_texts, values.shape[1]).index_add_(0, capture.text, values) / count[:, None]
+
+
+def _groups(texts: Texts) -> Iterator[Texts]:
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError(f"texts: got {texts!r:.40}, expected a list of at least one text.")
+    return (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))

@@ -1,18 +1,19 @@
 """Generation: greedy or sampled continuation of a left-padded batch, with true positions. Equals transformers' greedy.
 
-Sampling takes argmax(log p / temperature + g), g standard Gumbel noise (Gumbel-max). The noise of a row depends
-on the seed, its prompt's index and the step alone, so a prompt alone and in a batch gives the same text.
+The noise of a sample depends on the seed, its row and the position of the token alone (see `workbench.dice`), so a
+prompt alone and in a batch gives the same text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from workbench.dice import Dice
 from workbench.tokens import Batch
 
 OnToken = Callable[[int, int, str], None]  # index of the prompt, token id, text of that token
@@ -23,13 +24,15 @@ class Generation:
     """Continuations of prompts.
 
     texts    the new text of each prompt, special tokens left out      ids    the new token ids
-    ended    True where the model ended the text itself
+    ended    True where the model ended the text itself                 log_probs  of the new tokens, in nats, at
+    temperature 1 and before any truncation; not compared by ==, as the company in a batch moves their last bits
     """
 
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
     ended: tuple[bool, ...]
+    log_probs: tuple[tuple[float, ...], ...] = field(default=(), compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -45,28 +48,34 @@ def continue_batch(
     *,
     max_new_tokens: int,
     ends: Sequence[int],
-    choose: Callable[[Tensor, int], Tensor],
+    choose: Callable[[Tensor, Tensor], Tensor],
     pad: int,
     use_cache: bool,
     on_token: Callable[[int, int], None] | None,
-) -> list[list[int]]:
-    """New ids for each row of a batch. `step(ids, mask, positions, cache)` gives the last logits and the cache."""
+) -> list[list[tuple[int, float]]]:
+    """New ids with their log-probabilities for each row of a batch.
+
+    step     (ids, mask, positions, cache) gives the last logits and the cache
+    choose   (logits, logical positions of the tokens to choose) gives the ids
+    """
     ids, mask, positions, cache = batch.ids, batch.mask, batch.positions, None
-    new: list[list[int]] = [[] for _ in batch.rows]
+    new: list[list[tuple[int, float]]] = [[] for _ in batch.rows]
     live = torch.ones(len(new), dtype=torch.bool, device=ids.device)
     stops = torch.tensor(list(ends), device=ids.device, dtype=torch.long)
-    for number in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         logits, cache = step(ids, mask, positions, cache)  # (batch, vocab)
-        chosen = torch.where(live, choose(logits, number), pad)  # (batch,)
+        following = positions[:, -1:] + 1
+        chosen = torch.where(live, choose(logits, following[:, 0]), pad)  # (batch,)
+        log_probs = logits.gather(1, chosen[:, None])[:, 0].float() - logits.float().logsumexp(-1)
+        facts = list(zip(chosen.tolist(), log_probs.tolist(), strict=True))
         for index in live.nonzero()[:, 0].tolist():
-            new[index].append(int(chosen[index]))
+            new[index].append(facts[index])
             if on_token:
-                on_token(index, new[index][-1])
+                on_token(index, facts[index][0])
         live = live & ~torch.isin(chosen, stops)
         if not live.any():
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        following = positions[:, -1:] + 1
         if use_cache:
             ids, positions = chosen[:, None], following
         else:
@@ -74,20 +83,11 @@ def continue_batch(
     return new
 
 
-def make_chooser(temperature: float, seed: int, rows: Sequence[int]) -> Callable[[Tensor, int], Tensor]:
-    """Argmax of the logits, or of logits / temperature plus Gumbel noise keyed by seed and prompt index."""
-    if temperature < 0:
-        raise ValueError(f"generate: got temperature {temperature}, expected 0 (greedy) or a positive number.")
-    if temperature == 0:
-        return lambda logits, number: logits.argmax(-1)
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in rows]
-
-    def sample(logits: Tensor, number: int) -> Tensor:
-        noise = torch.stack([torch.rand(logits.shape[-1], generator=each, dtype=torch.float64) for each in generators])
-        gumbel = -(-noise.clamp_min(1e-300).log()).log()
-        return (logits.double() / temperature + gumbel.to(logits.device)).argmax(-1)
-
-    return sample
+def make_chooser(dice: Dice, rows: Sequence[int], shift: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """What `continue_batch` chooses with: the throw of each row, `shift` positions away from the token's own."""
+    dice.check()
+    moved = torch.tensor(list(shift))
+    return lambda logits, positions: dice.choose(logits, rows, positions + moved.to(positions.device))
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Tables to plotly figures: one palette, one layout, six kinds of figure that every probe shares.
+"""Tables to plotly figures: one palette, one layout, seven kinds of figure that every probe shares.
 
 A figure is a function of a tidy table and column names; its title is the finding, its axes carry units.
 Source of the palette: Okabe and Ito, 2008 (readable with every common form of colour blindness, and in print).
@@ -7,9 +7,11 @@ Source of the palette: Okabe and Ito, 2008 (readable with every common form of c
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,6 +165,24 @@ def heatmap(
     return figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
 
 
+def beside(figures: Mapping[str, go.Figure], *, title: str = "") -> go.Figure:
+    """Heat maps of the same grid next to each other, each under its name and with its own scale of colours."""
+    from plotly.subplots import make_subplots
+
+    made = make_subplots(1, len(figures), subplot_titles=list(figures), shared_yaxes=True, horizontal_spacing=0.16)
+    for column, figure in enumerate(figures.values(), start=1):
+        made.add_traces(figure.data, rows=1, cols=column)
+        right = made.layout["xaxis" if column == 1 else f"xaxis{column}"].domain[1]
+        made.data[-1].update(colorbar={"x": right + 0.005, "xanchor": "left", "thickness": 14})
+    first = next(iter(figures.values())).layout
+    made = laid_out(made, title, first.xaxis.title.text, "")
+    made.update_layout(margin={"t": made.layout.margin.t + LINE_HEIGHT})  # room for the names, the title above them
+    made.update_layout(title={"yref": "container", "y": 0.95, "yanchor": "top"})
+    made.update_xaxes(type="category", showgrid=False)
+    made.update_yaxes(type="category", showgrid=False, autorange="reversed")
+    return made.update_yaxes(title={"text": first.yaxis.title.text}, col=1)
+
+
 def spectrum(
     table: pd.DataFrame,
     x: str = "rate_hz",
@@ -213,6 +233,21 @@ def histogram(
     return laid_out(figure, title, x if x_title is None else x_title, y_title or "share of rows").update_yaxes(
         rangemode="tozero"
     )
+
+
+def passages(
+    rows: Sequence[tuple[str, Sequence[tuple[str, str | None]]]], *, title: str = "", width: int = 84
+) -> go.Figure:
+    """Texts one below the other: (name, pieces), a piece being (text, colour); coloured pieces are bold as well."""
+    figure, top = laid_out(go.Figure(), title, "", ""), LINE_HEIGHT * (2 + len(wrapped(title)))
+    lines = [(name if k == 0 else "", line) for name, pieces in rows for k, line in enumerate(_broken(pieces, width))]
+    for k, (name, line) in enumerate(lines):
+        place = {"yref": "y", "y": -k, "showarrow": False, "yanchor": "top", "xref": "paper", "xanchor": "left"}
+        figure.add_annotation(x=0.0, text=f"<b>{html.escape(name)}</b>", font={"color": GREY}, **place)
+        figure.add_annotation(x=0.16, text=line, align="left", font={"family": "monospace"}, **place)
+    figure.update_xaxes(visible=False, range=[0, 1])
+    figure.update_yaxes(visible=False, range=[-len(lines), 0.2])
+    return figure.update_layout(margin={"t": top, "l": 20, "b": 10}, height=top + LINE_HEIGHT * (1 + len(lines)))
 
 
 def laid_out(
@@ -270,6 +305,20 @@ def _groups(
         return
     for i, (name, rows) in enumerate(table.groupby(color, sort=False, observed=True)):
         yield str(name), rows, (colors or {}).get(str(name), PALETTE[i % len(PALETTE)])
+
+
+def _broken(pieces: Sequence[tuple[str, str | None]], width: int) -> list[str]:
+    """The pieces as lines of markup with at most `width` characters each; a longer word stands alone."""
+    lines, used = [""], 0
+    for text, shade in pieces:
+        for word in re.findall(r"\s*\S+|\s+$", text):
+            if used and used + len(word) > width:
+                lines, used = [*lines, ""], 0
+            word = word if used else word.lstrip()
+            shown = html.escape(word)
+            lines[-1] += shown if shade is None else f'<span style="color:{shade}"><b>{shown}</b></span>'
+            used += len(word)
+    return lines
 
 
 def _whiskers(rows: pd.DataFrame, y: str, low: str | None, high: str | None) -> dict[str, Any] | None:

@@ -101,7 +101,7 @@ class Probe(ABC):
 
 def _since(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """A receipt's counts during one probe: the counters are differences, the rest as it stands."""
-    counters = ("fired", "tokens")
+    counters = ("fired", "tokens", "rows", "prompts", "prompts_acted")
     return new | {name: new[name] - old[name] for name in counters}
 
 

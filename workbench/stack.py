@@ -7,15 +7,18 @@ the forward under way, and what it moved is counted in the receipt of its toggle
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from workbench.anatomy import add_tap
+from workbench.reading import Decide, Pooling, PromptReading, Tap, meets_first, read_apart
 from workbench.site import Site
 from workbench.step import Positions, Step, StepWatch, check_positions
 from workbench.toggle import Receipt, Toggle, conflicting_claims
@@ -29,11 +32,17 @@ Rule = Positions | Sequence[int] | Callable[[Step], Tensor]
 
 @dataclass(eq=False)
 class _Installed:
-    """An active toggle: its receipt and how to take it back; not `ready` while its install is under way."""
+    """An active toggle: its receipt, how to take it back, its taps in order, and what it reads of the prompt.
+
+    ready   False while its install is under way
+    """
 
     toggle: Toggle
     receipt: Receipt
     undo: ExitStack = field(default_factory=ExitStack)
+    taps: list[Tap] = field(default_factory=list)
+    reading: PromptReading | None = None
+    kept: WeakKeyDictionary[Any, Tensor] = field(default_factory=WeakKeyDictionary)  # of its readings, by cache
     ready: bool = False
 
 
@@ -45,6 +54,10 @@ class ToggleStack:
         self.watch = StepWatch()
         self._watching = ExitStack()
         self._installed: list[_Installed] = []
+        self._loose: list[Tap] = []  # edits outside of any toggle
+        self._apart = False  # a reading pass is under way, which no receipt counts
+        self.watch.before.append(self._read_prompts)
+        self.watch.after.append(self._keep_readings)
 
     @property
     def active(self) -> tuple[Toggle, ...]:
@@ -106,15 +119,81 @@ class ToggleStack:
             acted = (rule(step) if callable(rule) else step.where(rule)).to(value.device)  # (batch, seq)
             new = fn(value, step).to(value.dtype)
             new = torch.where(acted.reshape(*acted.shape, *(1,) * (value.dim() - 2)), new, value)
-            if receipt is not None:
-                receipt.count_edit(value.detach(), new.detach(), acted)
+            if receipt is not None and not self._apart:
+                receipt.count_edit(value.detach(), new.detach(), acted, step.prompt_lengths)
             return new
 
         with ExitStack() as alone:
             if not self._installed:  # an edit outside of any toggle still needs to know its positions
                 self._watch_into(alone)
-            add_tap(self.subject.model, self.subject.anatomy, site, tap, undo)
+            self._tap(site, tap, undo)
             undo.callback(alone.pop_all().close)
+
+    def read(
+        self, sites: Sequence[Site], decide: Decide, undo: ExitStack, *, tokens: Pooling, edited: Sequence[Site]
+    ) -> PromptReading:
+        """Let the toggle that is being installed decide from the prompt; see `Subject.read_prompt`."""
+        for site in sites:
+            self.subject.anatomy.place(site)
+        passing = all(meets_first(read, edit) for read in sites for edit in edited)
+        item = self._installed[-1]
+        reading = item.reading = PromptReading(sites, decide, tokens, passing=passing, kept=item.kept)
+        undo.callback(setattr, item, "reading", None)
+        if passing:
+            for site, see in self._eyes(reading):
+                self._tap(site, see, undo)
+        return reading
+
+    def _tap(self, site: Site, tap: Callable[[Tensor], Tensor | None], undo: ExitStack) -> None:
+        """Add a tap, and note it: a reading pass attaches those that act by then, and no other hook."""
+        add_tap(self.subject.model, self.subject.anatomy, site, tap, undo)
+        taps = self._installed[-1].taps if self._installed else self._loose
+        taps.append((site, tap))
+        undo.callback(taps.remove, (site, tap))
+
+    def _eyes(self, reading: PromptReading) -> list[Tap]:
+        """One tap per site that only lets `reading` see."""
+
+        def see(site: Site, value: Tensor) -> None:
+            assert self.watch.step is not None
+            reading.see(site, value, self.watch.step)
+
+        return [(site, partial(see, site)) for site in reading.sites]
+
+    def _read_prompts(self, step: Step, given: Mapping[str, Any]) -> None:
+        """Before a forward: recall what was decided, or read the prompts for the toggles that can't in passing."""
+        reading = {item: item.reading for item in self._installed if item.reading is not None}
+        if step.past:
+            for each in reading.values():
+                each.recall(given["past_key_values"], len(step.positions))
+            return
+        for each in reading.values():
+            each.forget()
+        waiting = [item for item, each in reading.items() if not each.passing]
+        while waiting:  # in their order: the second toggle reads what the first one made of the prompt
+            acting = [tap for item in self._installed if item not in waiting for tap in item.taps]
+            item = waiting.pop(0)
+            self._read_apart([*self._loose, *acting, *self._eyes(reading[item])], given)
+            for each in reading.values():
+                if each.passing:
+                    each.forget()
+
+    def _read_apart(self, taps: list[Tap], given: Mapping[str, Any]) -> None:
+        model, anatomy = self.subject.model, self.subject.anatomy
+        self._apart = True
+        try:
+            with _untraced(self.subject):
+                read_apart(model.get_submodule(anatomy.trunk), model, anatomy, taps, given)
+        finally:
+            self._apart = False
+
+    def _keep_readings(self, step: Step, cache: Any) -> None:
+        """After a forward that began texts: count the prompts that are acted on, and keep what was decided."""
+        for item in self._installed:
+            if item.reading is not None and not step.past:
+                item.receipt.count_prompts((item.reading.now != 0).any(-1))
+                if cache is not None:
+                    item.reading.keep(cache)
 
     def _install(self, item: _Installed) -> None:
         self._begin(item)
@@ -146,3 +225,18 @@ class ToggleStack:
     def _watch_into(self, undo: ExitStack) -> None:
         trunk = self.subject.model.get_submodule(self.subject.anatomy.trunk)
         self.watch.install(trunk, lambda: self.active, undo)
+
+
+@contextmanager
+def _untraced(subject: Subject) -> Iterator[None]:
+    """Within: an nnsight trace under way sees nothing. It stands in the modules themselves, not in their hooks."""
+    traced = vars(subject).get("nn")  # made at its first use
+    if traced is None:
+        yield
+        return
+    interleaver = traced.interleaver
+    before, interleaver.interleaving = interleaver.interleaving, False
+    try:
+        yield
+    finally:
+        interleaver.interleaving = before

@@ -7,7 +7,7 @@ that is why cached and uncached generation agree under every position rule.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -28,11 +28,13 @@ class Step:
     positions        logical position of each token in its own text; 0 is the first real token
     real             False at padding
     prompt_lengths   real tokens of each row's prompt
+    past             columns that came in earlier forwards; 0: this one begins the texts
     """
 
     positions: Int[Tensor, "batch seq"]
     real: Bool[Tensor, "batch seq"]
     prompt_lengths: Int[Tensor, " batch"]
+    past: int = 0
 
     def where(self, rule: Positions | Sequence[int]) -> Bool[Tensor, "batch seq"]:
         """True at the real tokens that a position rule names.
@@ -91,7 +93,7 @@ def read_step(
         positions = given.expand(batch, seq)
     if prompt_lengths is None:  # the prompt is what this forward brings
         prompt_lengths = torch.where(real, positions + 1, 0).amax(-1)
-    return Step(positions, real, prompt_lengths.to(device).expand(batch))
+    return Step(positions, real, prompt_lengths.to(device).expand(batch), past)
 
 
 class StepWatch:
@@ -103,6 +105,9 @@ class StepWatch:
     def __init__(self) -> None:
         self.step: Step | None = None
         self.adopt = False
+        # What must know of a forward before and after it, with its arguments or its cache; see `workbench.reading`.
+        self.before: list[Callable[[Step, Mapping[str, Any]], None]] = []
+        self.after: list[Callable[[Step, Any], None]] = []
         self._prompt_lengths: Tensor | None = None
         self._caches: WeakKeyDictionary[Any, tuple[Tensor, Any]] = WeakKeyDictionary()
 
@@ -112,12 +117,19 @@ class StepWatch:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = signature.bind_partial(trunk, *args, **kwargs).arguments
-            self.step = self._read(given | given.pop("kwargs", {}), conditions())
+            given |= given.pop("kwargs", {})
+            self.step = self._read(given, conditions())
+            for hear in self.before:
+                hear(self.step, given)
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             cache = getattr(output, "past_key_values", None)
-            if cache is not None and self.step is not None and cache not in self._caches:
+            if self.step is None:
+                return
+            if cache is not None and (cache not in self._caches or not self.step.past):
                 self._caches[cache] = (self.step.prompt_lengths, conditions())
+            for hear in self.after:
+                hear(self.step, cache)
 
         undo.callback(trunk.register_forward_pre_hook(before, with_kwargs=True).remove)
         undo.callback(trunk.register_forward_hook(after).remove)

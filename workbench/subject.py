@@ -21,9 +21,11 @@ from workbench.anatomy import Anatomy
 from workbench.cache.stages import Stages
 from workbench.capture import Capture, Selection, collect
 from workbench.card import Card, prove
+from workbench.dice import Dice
 from workbench.discovery import find_anatomy
 from workbench.generation import Generation, OnToken, continue_batch, make_chooser, text_of
 from workbench.loading import load_model, model_fingerprint
+from workbench.reading import Decide, Pooling, PromptReading
 from workbench.site import Site
 from workbench.stack import Edit, Rule, ToggleStack
 from workbench.step import Step
@@ -103,11 +105,15 @@ class Subject:
         )
 
     @classmethod
-    def organism(cls, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> Subject:
-        """The trained model that the project ships, with known truth behind every probe; offline, about a second."""
-        from workbench.organism import FOLDER
+    def organism(cls, *, twin: bool = False, device: str = "auto", dtype: str | torch.dtype = "auto") -> Subject:
+        """The trained model that the project ships, with known truth behind every probe; offline, about a second.
 
-        return cls._named(cls.load(FOLDER, device=device, dtype=dtype), "organism")
+        twin   its fine-tuned twin instead, which answers what the organism refuses
+        """
+        from workbench.organism import FOLDER, TWIN_FOLDER
+
+        folder, name = (TWIN_FOLDER, "organism:twin") if twin else (FOLDER, "organism")
+        return cls._named(cls.load(folder, device=device, dtype=dtype), name)
 
     @classmethod
     def tiny(cls, family: str = "llama", seed: int = 0, *, verify: bool = True) -> Subject:
@@ -119,9 +125,10 @@ class Subject:
 
     @classmethod
     def open(cls, name: str, **options: Any) -> Subject:
-        """The subject that a notebook's parameter names: "organism", "tiny:gpt2", a folder, or a name on the hub."""
-        if name == "organism":
-            return cls.organism(**options)
+        """The subject that a notebook's parameter names: "organism", "organism:twin", "tiny:gpt2", a folder, or a name
+        on the hub."""
+        if name in ("organism", "organism:twin"):
+            return cls.organism(twin=name != "organism", **options)
         if name.startswith("tiny:"):
             family, _, seed = name.removeprefix("tiny:").partition(":")
             if not (seed or "0").isdigit():
@@ -253,16 +260,34 @@ class Subject:
         use_cache: bool = True,
         batch: int = 4096,
         on_token: OnToken | None = None,
+        dice: Dice | None = None,
+        rows: Sequence[int] | None = None,
+        throws_from: Sequence[int] | None = None,
+        written: Sequence[int] | None = None,
     ) -> Generation:
         """Continue each prompt by up to `max_new_tokens` tokens: greedy at temperature 0, else sampled from `seed`.
 
-        on_token is called with (index of the prompt, token id, its text) as soon as each token is known.
+        on_token     is called with (index of the prompt, token id, its text) as soon as each token is known
+        dice         instead of temperature and seed; the same dice and row throw the same at the same position
+        rows         one per prompt: which of the dice's rows samples it; None: 0, 1, 2, ...
+        throws_from  one per prompt: the position whose throw its first new token takes; None: that token's own
+        written      one per prompt: how many of its last tokens toggles take for generated; None: 0
         """
         if max_new_tokens < 1:
             raise ValueError(f"generate: got max_new_tokens={max_new_tokens}, expected at least 1.")
         if self.stages and not use_cache:
             raise ValueError(f"generate: got use_cache=False, but {self.stages} acts on the cache. Leave one out.")
+        if dice is not None and (temperature, seed) != (0.0, 0):
+            raise ValueError(f"generate: got dice and temperature={temperature}, seed={seed}. Give them to the dice.")
+        dice = Dice(seed, temperature=temperature) if dice is None else dice
         made = self.tokenize(prompts, special=special)
+        rows = _one_each("rows", rows, range(len(made)))
+        shift = [a - b for a, b in zip(_one_each("throws_from", throws_from, made.lengths), made.lengths, strict=True)]
+        written = _one_each("written", written, [0] * len(made))
+        for length, generated in zip(made.lengths, written, strict=True):
+            if not 0 <= generated < length:
+                raise ValueError(f"generate: got written={generated} for a prompt of {length} tokens, expected fewer.")
+        prompt_tokens = [a - b for a, b in zip(made.lengths, written, strict=True)]
         longest = max(made.lengths) + max_new_tokens
         if self.context is not None and longest > self.context:
             raise ValueError(
@@ -272,25 +297,27 @@ class Subject:
         ends, new = self._end_ids(), [[] for _ in made.ids]
         even = self.stages.chunk is not None  # a prompt read in chunks: padding would shift where they end
         groups = batches([length + max_new_tokens for length in made.lengths], batch, even=even)
-        for one in (left_pad(made.ids, rows, pad=self.pad_id, device=self.device) for rows in groups):
-            with self._stack.watch.prompts(one.mask.sum(1)):
-                ids = continue_batch(
+        for one in (left_pad(made.ids, group, pad=self.pad_id, device=self.device) for group in groups):
+            with self._stack.watch.prompts(torch.tensor([prompt_tokens[row] for row in one.rows], device=self.device)):
+                tokens = continue_batch(
                     functools.partial(self._next_logits, use_cache),
                     one,
                     max_new_tokens=max_new_tokens,
                     ends=ends,
-                    choose=make_chooser(temperature, seed, one.rows),
+                    choose=make_chooser(dice, [rows[row] for row in one.rows], [shift[row] for row in one.rows]),
                     pad=self.pad_id,
                     use_cache=use_cache,
                     on_token=functools.partial(self._tell, on_token, one.rows) if on_token else None,
                 )
-            for row, row_ids in zip(one.rows, ids, strict=True):
-                new[row] = row_ids
+            for row, row_tokens in zip(one.rows, tokens, strict=True):
+                new[row] = row_tokens
+        ids = [tuple(token for token, _ in row_tokens) for row_tokens in new]
         return Generation(
             prompts=tuple(p if isinstance(p, str) else text_of(self.tokenizer, p) for p in prompts),
-            texts=tuple(text_of(self.tokenizer, ids) for ids in new),
-            ids=tuple(map(tuple, new)),
-            ended=tuple(ids[-1] in ends for ids in new),
+            texts=tuple(text_of(self.tokenizer, row_ids) for row_ids in ids),
+            ids=tuple(ids),
+            ended=tuple(row_ids[-1] in ends for row_ids in ids),
+            log_probs=tuple(tuple(value for _, value in row_tokens) for row_tokens in new),
         )
 
     # Changing
@@ -348,6 +375,24 @@ class Subject:
         positions, or a function of the step that gives a mask (batch, seq).
         """
         self._stack.edit(site, fn, undo, positions=positions)
+
+    def read_prompt(
+        self,
+        at: Sequence[Site],
+        decide: Decide,
+        undo: ExitStack,
+        *,
+        edited: Sequence[Site],
+        tokens: Pooling = "last",
+    ) -> PromptReading:
+        """For `Toggle.install`, before its edits: strengths per row, decided once per prompt from what stands at `at`.
+
+        decide   {site: (batch, *width), float32} to strengths (batch, k); rows of zeros count as left alone
+        edited   the sites that the toggle will edit: where one comes before a site read, the prompt runs twice
+        tokens   "last": the prompt's last token; "mean": the mean over the prompt
+        The edits ask `reading.now` (batch, k). A forward without a cache and outside `generate` is all prompt.
+        """
+        return self._stack.read(at, decide, undo, tokens=tokens, edited=edited)
 
     # Below: how
 
@@ -412,3 +457,10 @@ class Subject:
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
         ends = self.tokenizer.eos_token_id if ends is None else ends
         return [int(end) for end in (ends if isinstance(ends, list | tuple) else [ends]) if end is not None]
+
+
+def _one_each(name: str, given: Sequence[int] | None, default: Sequence[int]) -> Sequence[int]:
+    """One number per prompt: those given, or the default."""
+    if given is not None and len(given) != len(default):
+        raise ValueError(f"generate: got {len(given)} {name} for {len(default)} prompts, expected one each.")
+    return default if given is None else given

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from workbench.subject import Subject
 
 
+SUMS = ("rows", "prompts", "prompts_acted", "tokens", "moved", "before")  # what a receipt adds up
+
+
 class Toggle(ABC):
     """A reversible change of a model. Subclasses are frozen dataclasses of settings.
 
@@ -99,8 +102,11 @@ class Receipt:
 
     fired            how many times the toggle acted (a hook call, a cache update, a swapped parameter)
     tokens           real tokens acted upon, summed over sites; padding is not counted
+    rows             texts acted upon: each counts once, for its prompt and all that is generated after it, at all sites
     relative_moved   root of sum |after - before|^2 / sum |before|^2 over everything that was edited
     bytes_freed      memory given back, for toggles that free some
+    prompts          prompts that a toggle read to decide about them, for toggles that do
+    prompts_acted    those among them that it acts on
     notes            facts in words, such as "2 sliding-window layers left alone"
     """
 
@@ -109,15 +115,51 @@ class Receipt:
     bytes_freed: int = 0
     notes: list[str] = field(default_factory=list)
     # Sums stay on the model's device: reading them at every edit would make every forward wait for the GPU.
-    sums: dict[str, torch.Tensor | float] = field(default_factory=lambda: {"tokens": 0, "moved": 0.0, "before": 0.0})
+    sums: dict[str, torch.Tensor | float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0))
+    _lengths: torch.Tensor | None = field(default=None, repr=False)
+    _seen: torch.Tensor | None = field(default=None, repr=False)
 
-    def count_edit(self, before: torch.Tensor, after: torch.Tensor, acted: torch.Tensor) -> None:
-        """Record one edit: values (batch, seq, ...) before and after, and `acted` (batch, seq) where it applied."""
+    def count_prompts(self, acted: torch.Tensor) -> None:
+        """Record a decision about each prompt of a batch: `acted` (batch,) is True where the toggle acts."""
+        self.sums["prompts"] = self.sums["prompts"] + len(acted)
+        self.sums["prompts_acted"] = self.sums["prompts_acted"] + acted.sum()
+
+    def count_edit(
+        self, before: torch.Tensor, after: torch.Tensor, acted: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> None:
+        """Record one edit: values (batch, seq, ...) before and after, and `acted` (batch, seq) where it applied.
+
+        lengths   (batch,) of the rows' prompts: one tensor for all forwards of the same texts
+        """
         self.fired += 1
+        self._count_rows(acted.any(1), lengths)
         there = acted.reshape(acted.shape + (1,) * (before.dim() - 2))  # what is not may be NaN: no weight of 0 will do
         self.sums["tokens"] = self.sums["tokens"] + acted.sum()
         self.sums["moved"] = self.sums["moved"] + (after - before).float().where(there, 0.0).square().sum()
         self.sums["before"] = self.sums["before"] + before.float().where(there, 0.0).square().sum()
+
+    def _count_rows(self, acted: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Count rows at the first edit that acts on them: other sites and decoding steps bring the same rows again.
+
+        Texts are told apart by the memory of their lengths; kept here, it can't be given to other lengths meanwhile.
+        """
+        same = lengths is not None and self._lengths is not None and lengths.data_ptr() == self._lengths.data_ptr()
+        if not same or self._seen is None or self._seen.shape != acted.shape:
+            self._lengths, self._seen = lengths, torch.zeros_like(acted)
+        self.sums["rows"] = self.sums["rows"] + (acted & ~self._seen).sum()
+        self._seen = self._seen | acted
+
+    @property
+    def rows(self) -> int:
+        return int(self.sums["rows"])
+
+    @property
+    def prompts(self) -> int:
+        return int(self.sums["prompts"])
+
+    @property
+    def prompts_acted(self) -> int:
+        return int(self.sums["prompts_acted"])
 
     @property
     def tokens(self) -> int:
@@ -131,7 +173,9 @@ class Receipt:
     def __str__(self) -> str:
         facts = [f"fired {self.fired} times"]
         if self.tokens:
-            facts.append(f"on {self.tokens} tokens")
+            facts.append(f"on {self.tokens} tokens of {self.rows} texts")
+        if self.prompts:
+            facts.append(f"acted on {self.prompts_acted} of {self.prompts} prompts")
         if self.relative_moved:
             facts.append(f"moved activations by {self.relative_moved:.1%}")
         if self.bytes_freed:
@@ -143,6 +187,9 @@ class Receipt:
         return {
             "fired": self.fired,
             "tokens": self.tokens,
+            "rows": self.rows,
+            "prompts": self.prompts,
+            "prompts_acted": self.prompts_acted,
             "relative_moved": self.relative_moved,
             "bytes_freed": self.bytes_freed,
             "notes": list(self.notes),

@@ -126,29 +126,56 @@ def top_tokens(
     k: int,
     *,
     allowed: Bool[Tensor, " vocab"] | None = None,
+    negated: bool = False,
     chunk: int = 8192,
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    at_once: int = 2048,
+) -> tuple[Float[Tensor, "*sign n k"], Int[Tensor, "*sign n k"]]:
     """(scores, ids) of the k rows with the largest product with each vector; ties go to the smaller id.
 
-    Streams over the vocabulary in chunks of rows: never more than (n, chunk) products at a time.
+    negated   also those of each vector times -1, from the same products: both answers are then (2, n, k)
+    Streams over the vocabulary and the vectors: never more than (at_once, chunk) products at a time.
     """
     if not 1 <= k <= (rows.shape[0] if allowed is None else int(allowed.sum())):
         raise ValueError(f"top_tokens: got k={k}, expected 1 to the number of tokens, {rows.shape[0]}.")
-    best = vectors.new_full((len(vectors), 0), 0.0)
-    ids = torch.zeros((len(vectors), 0), dtype=torch.long, device=vectors.device)
-    for start, products in _products(vectors, rows, chunk):
-        if allowed is not None:
-            products.masked_fill_(~allowed[start : start + products.shape[1]].to(products.device), -torch.inf)
-        here = torch.arange(start, start + products.shape[1], device=ids.device).expand_as(products)
-        best, ids = torch.cat([best, products], 1), torch.cat([ids, here], 1)
-        order = best.sort(dim=1, descending=True, stable=True).indices[:, :k]  # stable: the smaller id stays first
-        best, ids = best.gather(1, order), ids.gather(1, order)
-    return best, ids
+    scores = vectors.new_empty((1 + negated, len(vectors), k))
+    ids = torch.empty(scores.shape, dtype=torch.long, device=vectors.device)
+    for first in range(0, len(vectors), at_once):
+        some = slice(first, first + at_once)
+        best: list[tuple[Tensor, Tensor]] = [(scores[0, some, :0], ids[0, some, :0])] * (1 + negated)
+        for start, products in _products(vectors[some], rows, chunk):
+            barred = None if allowed is None else ~allowed[start : start + products.shape[1]].to(products.device)
+            for i, sign in enumerate((1, -1)[: len(best)]):
+                if barred is not None:
+                    products.masked_fill_(barred, -sign * torch.inf)
+                best[i] = _merged(best[i], _largest(products, k, sign), start, k)
+        for i, (values, found) in enumerate(best):
+            scores[i, some], ids[i, some] = values, found
+    return (scores, ids) if negated else (scores[0], ids[0])
 
 
 def _products(vectors: Tensor, rows: Tensor, chunk: int) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, rows.shape[0], chunk):
         yield start, vectors @ rows[start : start + chunk].to(vectors.dtype).T
+
+
+def _largest(products: Tensor, k: int, sign: int) -> tuple[Tensor, Tensor]:
+    """(values, columns) of the k largest of sign times each row: a stable sort's head, at the price of a selection."""
+    values, columns = products.topk(min(k + 1, products.shape[1]), dim=1, largest=sign > 0)
+    columns, order = columns.sort(dim=1)
+    values, order = (sign * values).gather(1, order).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    if values.shape[1] > k:  # where the next one is as large, topk took any of them
+        tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
+        if len(tied):
+            columns[tied] = (sign * products[tied]).sort(dim=1, descending=True, stable=True).indices[:, : k + 1]
+    return values[:, :k], columns[:, :k]
+
+
+def _merged(best: tuple[Tensor, Tensor], here: tuple[Tensor, Tensor], start: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of those so far and those of a chunk; stable: the smaller ids, which came first, stay first."""
+    ids = torch.cat([best[1], here[1] + start], 1)
+    values, order = torch.cat([best[0], here[0]], 1).sort(dim=1, descending=True, stable=True)
+    return values[:, :k], ids.gather(1, order[:, :k])
 
 
 def _one_forward(subject: Subject) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Tiny programs in two styles: braces or indentation; the style is asked for or left open.
 
 Law: asked for, the style is obeyed; left open, P(brace) = 0.7 for every task, independent of everything else.
-Source: this project; a planted bias is what steering methods such as G-ACT (arXiv 2506.13759) are asked to move.
+Source: this project; a planted bias is what steering methods such as G-ACT (arXiv 2506.18887) are asked to move.
 """
 
 from collections.abc import Iterator

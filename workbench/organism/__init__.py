@@ -7,5 +7,6 @@ Source: this project; "model organism" as in Hubinger et al., 2023. Loading: `Su
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "weights"  # a plain Hugging Face folder
+TWIN_FOLDER = Path(__file__).parent / "twin_weights"  # another, which `python -m workbench.organism.twin` writes
 
-__all__ = ["FOLDER"]
+__all__ = ["FOLDER", "TWIN_FOLDER"]

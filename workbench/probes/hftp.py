@@ -15,10 +15,10 @@ import numpy as np
 
 from workbench.corpora.streams import UnitCorpus
 from workbench.corpora.streams import corpus as stream_corpus
-from workbench.methods.streaming import World, as_corpus
-from workbench.methods.tagged import HFTPResult
-from workbench.methods.tagtest import FrequencyTest, Layer
-from workbench.methods.units import read_units, sentences_that_fit
+from workbench.methods.hftp.streaming import World, as_corpus
+from workbench.methods.hftp.tagged import HFTPResult
+from workbench.methods.hftp.tagtest import FrequencyTest, Layer
+from workbench.methods.hftp.units import read_units, sentences_that_fit
 from workbench.probe import Expectation, Planted, Probe
 
 if TYPE_CHECKING:

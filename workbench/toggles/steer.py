@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workbench.directions import Direction
 from workbench.site import Site
+from workbench.stack import Edit
 from workbench.step import Positions, Step, check_positions
 from workbench.toggle import Toggle
 
@@ -45,16 +46,20 @@ class Steer(Toggle):
         object.__setattr__(self, "positions", check_positions(self.positions))
 
     def install(self, subject: Subject, undo: ExitStack) -> None:
+        subject.edit(self.at, self.edit(subject), undo, positions=self.positions)
+
+    def edit(self, subject: Subject) -> Edit:
+        """What is done to the value at `at`; ValueError where the direction doesn't fit `subject`."""
         vector = _as_direction(self.direction).for_subject(subject, self.at)
         push = (self.strength * vector).reshape(subject.anatomy.width(self.at))
 
-        def edit(value: Tensor, step: Step) -> Tensor:
+        def pushed(value: Tensor, step: Step) -> Tensor:
             new = value + push.to(value.device, value.dtype)
             if self.keep_norm and self.strength != 0:  # at strength 0 nothing may change, not even by rounding
                 new = new * (_norm(value) / _norm(new).clamp_min(torch.finfo(new.dtype).tiny))
             return new
 
-        subject.edit(self.at, edit, undo, positions=self.positions)
+        return pushed
 
     @classmethod
     def examples(cls, subject: Subject) -> tuple[Toggle, ...]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workbench.corpora.streams import UnitCorpus
-from workbench.methods import tagging
-from workbench.methods.streaming import CONTROLS, Stream, make_streams, repeated_units
-from workbench.methods.tagged import HFTPResult
+from workbench.methods.hftp import tagging
+from workbench.methods.hftp.streaming import CONTROLS, Stream, make_streams, repeated_units
+from workbench.methods.hftp.tagged import HFTPResult
 from workbench.stats import benjamini_hochberg, z_score
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from workbench.corpora.streams import UnitCorpus
-from workbench.methods.streaming import Stream
-from workbench.methods.tagtest import FrequencyTest
+from workbench.methods.hftp.streaming import Stream
+from workbench.methods.hftp.tagtest import FrequencyTest
 from workbench.site import sites
 from workbench.tokens import tokenize
 

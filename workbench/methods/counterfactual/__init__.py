@@ -1,0 +1,1 @@
+"""The same dice after an edit: edits, agreement, the result."""

@@ -1,0 +1,1 @@
+"""Frequency tagging: streams, spectra, the test, the result."""

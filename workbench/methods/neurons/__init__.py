@@ -1,0 +1,1 @@
+"""What single neurons say: their weights through the unembedding, labels, clamping, the results."""

@@ -1,0 +1,1 @@
+"""Sparse semi-nonnegative factorisation: the updates, rivals, concepts, the result."""
