@@ -289,6 +289,16 @@ def test_every_view_states_its_finding():
         replace(result, kept_text=()).plot("kept")
 
 
+def test_a_small_memory_gives_the_same_result(monkeypatch):
+    subject, toggle = tiny(), EvictKV(0.5, "tova", sinks=1, window=2)
+    with subject.under(toggle):
+        whole = CacheLoss().run(subject, pairs())
+        monkeypatch.setattr("workbench.probes.cache_loss.BASE_BYTES", 1)
+        parts = CacheLoss(batch=1).run(subject, pairs())
+    np.testing.assert_allclose(parts.kl, whole.kl, atol=1e-5)  # float32 kernels of other batch sizes
+    assert parts.token_text.tolist() == whole.token_text.tolist() and (parts.kept == whole.kept).all()
+
+
 def test_maps_are_spread_over_the_data():
     assert spread(list(range(9)), 3) == [8, 4, 0] and spread(list(range(2)), 4) == [1, 0] and spread([1], 0) == []
 

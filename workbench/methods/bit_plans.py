@@ -187,6 +187,8 @@ class BitSearchResult(Result):
             "frontier": self._plot_frontier,
             "surrogate": self._plot_surrogate,
         }
+        if view in drawings and not self.layers:
+            return self._plot_plan()  # whose title says why there is nothing else to see
         if view not in self.views()["view"]:
             raise ValueError(f"plot: got view {view!r}, expected one of {', '.join(self.views()['view'])}.")
         return drawings[view]()

@@ -7,6 +7,7 @@ codes is after the passkey test of Mohtashami and Jaggi, 2023 (arXiv 2305.16300)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from workbench.methods.cache_reading import Reading, read
 from workbench.methods.continuations import Text, texts_of
 from workbench.methods.heavy_hitter import FILLER, N_SYMBOLS, SHARPNESS, World
 from workbench.probe import Expectation, Planted, Probe
+from workbench.site import sites
 from workbench.toggle import Receipt
 from workbench.toggles.evict import Evict, EvictKV
 from workbench.toggles.steer import Steer
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from workbench.subject import Subject
     from workbench.toggle import Toggle
 
-BASE_BYTES = 1 << 30  # untoggled predictions in memory while toggles come and go
+BASE_BYTES = 1 << 30  # what is held of the untoggled side while toggles come and go
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def random_control(settings: Sequence[tuple[str, Toggle]]) -> tuple[tuple[str, E
 def compared(probe: CacheLoss, subject: Subject, data: Any, toggles: Sequence[Toggle | None]) -> list[CacheLossResult]:
     """One result per toggle, each on top of those that act already; None adds nothing. The untoggled side is read once.
 
-    A toggle is entered once for as many texts as fit into BASE_BYTES of untoggled predictions: entering can be costly.
+    A toggle is entered once for as many texts as fit into BASE_BYTES, untoggled: entering can be costly.
     """
     texts = texts_of(subject, data, probe.continuation)
     if not 0 <= probe.unseen < min(len(text.prompt) for text in texts):
@@ -152,7 +154,7 @@ def compared(probe: CacheLoss, subject: Subject, data: Any, toggles: Sequence[To
         raise ValueError(f"CacheLoss: got unseen={probe.unseen}, expected 0 to {shortest - 1}: a prompt must be read.")
     losses: list[list[Loss]] = [[] for _ in toggles]
     names, notes = [""] * len(toggles), [""] * len(toggles)
-    for chunk in _chunks(texts, subject.model.config.get_text_config().vocab_size):
+    for chunk in _chunks(texts, _numbers_per_token(subject)):
         with subject.untoggled():
             base = read(subject, chunk, probe.unseen, probe.batch)
         for number, toggle in enumerate(toggles):
@@ -163,10 +165,8 @@ def compared(probe: CacheLoss, subject: Subject, data: Any, toggles: Sequence[To
                 names[number] = " | ".join(map(str, subject.active)) or "no toggle"
                 notes[number] = "; ".join(note for receipt in subject.receipts for note in receipt.notes)
             losses[number] += [compare(*sides) for sides in zip(base, readings, chunk, strict=True)]
-    seen = {
-        index: texts[index].prompt[: len(texts[index].prompt) - probe.unseen] for index in spread(texts, probe.maps)
-    }
-    words = {index: [text_of(subject.tokenizer, [token]) for token in ids] for index, ids in seen.items()}
+    prompts = {i: texts[i].prompt[: len(texts[i].prompt) - probe.unseen] for i in spread(texts, probe.maps)}
+    words = {index: [text_of(subject.tokenizer, [token]) for token in ids] for index, ids in prompts.items()}
     groups = [text.group for text in texts]
     return [
         CacheLossResult.of(found, groups, words, toggles=name, notes=note, seed=probe.seed)
@@ -174,12 +174,18 @@ def compared(probe: CacheLoss, subject: Subject, data: Any, toggles: Sequence[To
     ]
 
 
-def _chunks(texts: list[Text], vocab: int) -> Iterator[list[Text]]:
-    """The texts in order, cut so that the predictions of each chunk fit into BASE_BYTES."""
+def _numbers_per_token(subject: Subject) -> int:
+    """Numbers that are held of each scored token: its prediction and the attention outputs that led to it."""
+    heads = sum(math.prod(subject.anatomy.width(site)) for site in sites(range(subject.n_layers), "heads"))
+    return subject.model.config.get_text_config().vocab_size + heads
+
+
+def _chunks(texts: list[Text], per_token: int) -> Iterator[list[Text]]:
+    """The texts in order, cut so that what is held of each chunk fits into BASE_BYTES; one text at least."""
     chunk: list[Text] = []
     size = 0
     for text in texts:
-        new = 4 * vocab * len(text.continuation)
+        new = 4 * per_token * len(text.continuation)
         if chunk and size + new > BASE_BYTES:
             yield chunk
             chunk, size = [], 0
