@@ -169,23 +169,25 @@ class ToggleStack:
             return
         for each in reading.values():
             each.forget()
-        waiting = [item for item, each in reading.items() if not each.passing]
+        whole = self.watch.whole  # a text that comes in pieces is read apart, as no piece is the prompt
+        waiting = [item for item, each in reading.items() if whole is not None or not each.passing]
         while waiting:  # in their order: the second toggle reads what the first one made of the prompt
             acting = [tap for item in self._installed if item not in waiting for tap in item.taps]
             item = waiting.pop(0)
-            self._read_apart([*self._loose, *acting, *self._eyes(reading[item])], given)
+            self._read_apart([*self._loose, *acting, *self._eyes(reading[item])], given if whole is None else whole)
             for each in reading.values():
-                if each.passing:
+                if each.passing and whole is None:
                     each.forget()
 
     def _read_apart(self, taps: list[Tap], given: Mapping[str, Any]) -> None:
         model, anatomy = self.subject.model, self.subject.anatomy
+        step, self.watch.step = self.watch.step, self.watch.read(dict(given) | {"past_key_values": None}, self.active)
         self._apart = True
         try:
             with _untraced(self.subject):
                 read_apart(model.get_submodule(anatomy.trunk), model, anatomy, taps, given)
         finally:
-            self._apart = False
+            self._apart, self.watch.step = False, step
 
     def _keep_readings(self, step: Step, cache: Any) -> None:
         """After a forward that began texts: count the prompts that are acted on, and keep what was decided."""

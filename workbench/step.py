@@ -108,6 +108,7 @@ class StepWatch:
         # What must know of a forward before and after it, with its arguments or its cache; see `workbench.reading`.
         self.before: list[Callable[[Step, Mapping[str, Any]], None]] = []
         self.after: list[Callable[[Step, Any], None]] = []
+        self.whole: Mapping[str, Any] | None = None  # arguments of a forward over texts that are read in pieces
         self._prompt_lengths: Tensor | None = None
         self._caches: WeakKeyDictionary[Any, tuple[Tensor, Any]] = WeakKeyDictionary()
 
@@ -118,7 +119,7 @@ class StepWatch:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = signature.bind_partial(trunk, *args, **kwargs).arguments
             given |= given.pop("kwargs", {})
-            self.step = self._read(given, conditions())
+            self.step = self.read(given, conditions())
             for hear in self.before:
                 hear(self.step, given)
 
@@ -135,6 +136,15 @@ class StepWatch:
         undo.callback(trunk.register_forward_hook(after).remove)
 
     @contextmanager
+    def texts(self, **arguments: Any) -> Iterator[None]:
+        """Within: the forwards bring these texts piece by piece; who must read a prompt whole finds it here."""
+        before, self.whole = self.whole, arguments
+        try:
+            yield
+        finally:
+            self.whole = before
+
+    @contextmanager
     def prompts(self, lengths: Tensor) -> Iterator[None]:
         """Within: the prompt of each row has this many tokens, whatever a forward brings."""
         before, self._prompt_lengths = self._prompt_lengths, lengths
@@ -143,7 +153,8 @@ class StepWatch:
         finally:
             self._prompt_lengths = before
 
-    def _read(self, given: dict[str, Any], conditions: Any) -> Step:
+    def read(self, given: Mapping[str, Any], conditions: Any) -> Step:
+        """The step of a forward with these arguments."""
         ids = given.get("input_ids")
         tokens = given["inputs_embeds"] if ids is None else ids
         cache = given.get("past_key_values")

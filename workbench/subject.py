@@ -407,9 +407,12 @@ class Subject:
         return self._at_once(batch, **options)
 
     def _at_once(self, batch: Batch, **options: Any) -> Any:
-        arguments = {"attention_mask": batch.mask.long(), "position_ids": batch.positions, "use_cache": False} | options
-        arguments = {name: value for name, value in arguments.items() if name in self.accepts}
-        return self.model(input_ids=batch.ids, **arguments)
+        return self.model(**self._arguments(batch, **{"use_cache": False} | options))
+
+    def _arguments(self, batch: Batch, **options: Any) -> dict[str, Any]:
+        """What the model's forward is called with, as far as it takes it."""
+        given = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "position_ids": batch.positions}
+        return {name: value for name, value in (given | options).items() if name in self.accepts}
 
     def _read_on(self, batch: Batch, options: dict[str, Any]) -> Any:
         """Read texts piece by piece through a cache, so that each piece attends to what the cache has become."""
@@ -420,7 +423,7 @@ class Subject:
                 "continuation of it (CacheLoss)."
             )
         output, logits = None, []
-        with self._stack.watch.prompts(batch.mask.sum(1)):
+        with self._stack.watch.prompts(batch.mask.sum(1)), self._stack.watch.texts(**self._arguments(batch)):
             for piece in batch.pieces(self.stages.piece):
                 cache = output.past_key_values if output is not None else None
                 output = self._at_once(piece, **options | {"use_cache": True, "past_key_values": cache})
@@ -434,9 +437,12 @@ class Subject:
     ) -> tuple[Tensor, Any]:
         whole, output = Batch([], ids, mask, positions), None
         chunk = self.stages.chunk if cache is None else None  # the short chunk first: scorers look at the last one
-        for piece in [whole] if chunk is None else whole.pieces(chunk, short_first=True):
-            output = self._forward(piece, use_cache=use_cache, past_key_values=cache, logits_to_keep=1)
-            cache = output.past_key_values if use_cache else None
+        with ExitStack() as undo:
+            if chunk is not None:
+                undo.enter_context(self._stack.watch.texts(**self._arguments(whole)))
+            for piece in [whole] if chunk is None else whole.pieces(chunk, short_first=True):
+                output = self._forward(piece, use_cache=use_cache, past_key_values=cache, logits_to_keep=1)
+                cache = output.past_key_values if use_cache else None
         assert output is not None
         return output.logits[:, -1], cache
 
