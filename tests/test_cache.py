@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,6 +35,13 @@ TOGGLES = (
     EvictKV(0.7, "tova", "adaptive", sinks=1, window=2, every=4) | PACK,
 )
 FP32 = 3e-5  # float32 against float64, measured 4e-6; a key of the wrong token is wrong by 0.1 and more
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -268,10 +276,10 @@ def test_beam_search_scores_are_those_of_its_own_text_read_alone(toggle: Toggle)
             assert total == pytest.approx(float(score), abs=1e-4)  # fp32 sums of seven tokens
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=5))
-@settings(max_examples=15, deadline=None)
-def test_rows_may_be_reordered_repeated_and_dropped(order: list[int]) -> None:
-    torch.manual_seed(0)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=5), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_rows_may_be_reordered_repeated_and_dropped(order: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
     real = torch.arange(20) >= torch.tensor([[0], [7], [13]])
     hand = Hand(EvictKV(0.8, "key_norm", "adaptive", sinks=1, window=1), QuantizeKV(4, 4, group=2, residual=1, sinks=1))
     hand.feed(*torch.randn(2, 3, 2, 20, 4), real=real)
@@ -437,13 +445,13 @@ def test_reading_unequal_segments_in_blocks_is_reading_at_once(
     bits: tuple[int, int], evict: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workbench.cache.packed.SCRATCH_CPU", 400)  # a unit or two at a time
-    real = torch.arange(60) >= torch.tensor([[0], [23], [57]])  # the last row has nothing to pack
+    real = torch.arange(120) >= torch.tensor([[0], [43], [117]])  # the last row has nothing to pack
     toggle = EvictKV(0.9, "key_norm", "adaptive", sinks=1, window=1)
     hand = Hand(*([toggle] if evict else []), QuantizeKV(*bits, group=2, residual=2, sinks=1))
-    hand.feed(*torch.randn(2, 3, 2, 60, 8), real=real)
+    hand.feed(*torch.randn(2, 3, 2, 120, 8), real=real)
     hand.feed(*torch.randn(2, 3, 2, 1, 8))
     assert hand.layer.packed and not all(part.even for part in hand.layer.parts)
-    query, at = torch.randn(3, 4, 1, 8), torch.full((3, 1), 99)
+    query, at = torch.randn(3, 4, 1, 8), torch.full((3, 1), 999)
     expected = attend(query, hand.layer.slots(), at, scaling=None)
     assert len(list(hand.layer.packed[-1].blocks(1))) > 1
     ours = attend_in_blocks(query, hand.layer.parts, 2, scaling=None)

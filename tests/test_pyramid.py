@@ -373,6 +373,27 @@ def test_a_rows_blocks_are_thinned_by_its_own_count_also_when_several_tokens_com
     torch.testing.assert_close(found[0][2], torch.cat([found[1][2], found[2][2]]), rtol=0, atol=FP32)
 
 
+def test_of_a_block_those_stay_that_the_newest_sixteen_queries_look_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, toggle = deep(4), PyramidInfer(0.9, recent=0.0)
+    with subject.under(toggle), spied(monkeypatch) as calls:
+        output = forward(subject, prompts(8))
+        for token in prompts(33)[0]:  # two blocks: 8 to 23, 24 to 39
+            with torch.no_grad():
+                output = subject.model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values)
+    for number, layer in enumerate(output.past_key_values.layers):
+        mine = [call for call in calls if call.layer is layer]
+        keys = np.concatenate([call.keys[0] for call in mine], 1)  # (kv_head, 41, d_head)
+        before, scores = np.array([*mine[-1].held[0][0], 40]), np.zeros(41)
+        for weight, call in zip(np.linspace(1, 1.2, 16), mine[-16:], strict=True):
+            queries, seen = call.query[0, :, 0], before[before <= call.positions[0, 0]]
+            for head, query in enumerate(queries):
+                logits = keys[head * len(keys) // len(queries), seen] @ query * call.scaling
+                share = np.exp(logits - logits.max())
+                scores[seen] += weight * share / share.sum() / len(queries)
+        best = 24 + np.argsort(-scores[24:40])[: toggle.block_sizes(4)[number]]
+        assert held(layer)[0][0] == [*before[before < 24], *sorted(best.tolist()), 40]
+
+
 # What it leaves alone
 
 
@@ -431,6 +452,19 @@ def test_an_edit_in_a_deeper_layer_acts_at_logical_positions_in_either_order() -
             assert receipt.tokens == 3 and receipt.relative_moved > 0.1
         moved = ((steered - plain).abs().amax(-1) > 1e-3).nonzero().tolist()
         assert moved == [[0, 0], [0, 119], [1, 30]]
+
+
+def test_receipts_of_edits_count_only_the_tokens_that_came_so_far() -> None:
+    subject, rows = deep(4), prompts(120, 90)
+    pyramid = PyramidInfer(0.3, min_context=8)
+    steer = Steer(torch.ones(subject.anatomy.d_model), Site(3, "resid_out"), 3.0)
+    receipts = []
+    for toggle in (pyramid | steer, steer | pyramid):
+        with subject.under(toggle):
+            forward(subject, rows)
+            receipts += [receipt.to_json() for receipt in subject.receipts if receipt.toggle == steer]
+    assert receipts[0]["tokens"] == receipts[1]["tokens"] == sum(pyramid.lengths(len(row), 4)[-1] for row in rows)
+    assert receipts[0]["relative_moved"] == pytest.approx(receipts[1]["relative_moved"], rel=1e-5)
 
 
 def test_beams_carry_their_thinned_tokens_along() -> None:

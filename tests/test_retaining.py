@@ -15,18 +15,8 @@ from torch import Tensor
 from workbench import Subject
 from workbench.corpora import recall
 from workbench.methods.retaining import RetainingHeads
-from workbench.methods.retaining_training import (
-    Show,
-    Shown,
-    Training,
-    Weights,
-    fit,
-    importance,
-    question,
-    shared_top,
-    top_recall,
-    train_retaining_heads,
-)
+from workbench.methods.retaining_labels import Show, Shown, importance, question, shown_texts
+from workbench.methods.retaining_training import Training, Weights, fit, shared_top, top_recall, train_retaining_heads
 from workbench.toggle import Toggle
 from workbench.toggles.evict import EvictKV
 
@@ -192,10 +182,9 @@ def test_labels_are_the_largest_weight_from_any_asking_query_of_the_group():
 
 def test_labels_are_the_attention_that_the_model_itself_computes(organism: Subject):
     pair, found = codes(1, (32,))[0], {}
+    with shown_texts(organism, [pair]) as read:
+        read(0, lambda layer, x, labels: found.setdefault(layer, labels))
     ids, n_prompt = question(organism, *pair)
-    shown = Shown(n_prompt, lambda layer, x, labels: found.setdefault(layer, labels))
-    with organism.under(Show(shown)), torch.no_grad():
-        organism.model(input_ids=torch.tensor([ids]), use_cache=True)
     before = organism.model.config._attn_implementation
     organism.model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -254,6 +243,17 @@ def test_scores_stay_as_they_were_given_whatever_is_dropped():
             torch.testing.assert_close(
                 found[: len(positions)], scores[positions, head], rtol=1e-5, atol=1e-5
             )  # float32
+
+
+def test_a_row_that_brings_only_padding_keeps_its_scores():
+    heads = RetainingHeads({0: torch.ones(1, 48)}, {0: torch.ones(2, 1)})
+    keys = torch.ones(2, 2, 4, 8)
+    hand = Hand(EvictKV(400, heads))
+    hand.feed(keys, keys)
+    before = hand.layer.recent.slots().tensors[2][1].clone()
+    hand.feed(keys, keys, real=torch.tensor([[True] * 4, [False] * 4]))
+    assert before.abs().min() > 0
+    assert torch.equal(hand.layer.recent.slots().tensors[2][1, :, :4], before)
 
 
 def test_rows_of_unequal_length_get_their_own_scores():
@@ -391,11 +391,9 @@ def _mean_rank(subject: Subject, heads: RetainingHeads, prompts: list[str], laye
             order = heads.score(layer, x).argsort(0, descending=True).argsort(0)
             ranks.append(float(order[places].double().mean()) / len(order))
 
-    shown = Shown(see=see)
-    with subject.under(Show(shown)), torch.no_grad():
-        for prompt in prompts:
-            ids, shown.n_prompt = question(subject, prompt, "alpha")
-            subject.model(input_ids=torch.tensor([ids]), use_cache=True)
+    with shown_texts(subject, [(prompt, "alpha") for prompt in prompts]) as read:
+        for number in range(len(prompts)):
+            read(number, see)
     return float(np.mean(ranks))
 
 

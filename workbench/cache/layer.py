@@ -181,8 +181,9 @@ class KVLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
-        for part in self.parts:
-            part.rows(indices)
+        for part in (*self.packed, self.kept, self.recent):  # an empty one has rows too
+            if part is not None:
+                part.rows(indices)
         self.state = {
             name: value.index_select(0, indices.to(value.device)) if isinstance(value, Tensor) else value
             for name, value in self.state.items()

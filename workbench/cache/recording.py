@@ -38,7 +38,7 @@ class Read:
 
 
 def packable_layers(subject: Subject) -> tuple[int, ...]:
-    """The layers whose cache holds every token, and can be packed; sliding-window and recurrent ones are not among them.
+    """The layers whose cache holds every token and can be packed: not sliding-window and recurrent ones.
 
     Raises ValueError where the model computes attention in a way of its own.
     """

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 N_BOOTSTRAP = 1000
+NOTHING = (float("nan"), float("nan"), float("nan"))
 MOST_CURVES = 8  # layers drawn together
 COLORS = {"searched": plots.BLUE, "uniform": plots.VERMILLION, "shuffled": plots.ORANGE, "random": plots.GREY}
 
@@ -34,12 +35,14 @@ class BitSearchResult(Result):
     e_o, e_k, e_v   (text, layer, pair) relative errors of attention outputs, keys, values; NaN at layers left alone,
                     and for keys and values where other key/value toggles acted
     costs           (layer, pair) what a pair costs          pairs    (key bits, value bits) of each
-    layers          that can be packed                       groups   (layer,) layers of one number share a choice; -1: left alone
+    layers          that can be packed
+    groups          (layer,) layers of one number share a choice; -1: left alone
     plan_pairs      (plan, layer, 2) bits; plan 0 is the answer
     plan_kinds      searched; uniform; shuffled: the answer's pairs dealt to other layers; random
     plan_caps       mean bits that each plan was searched or drawn for; NaN where none
     kl              (plan, text) mean KL in nats per token of each held-out text; no text where nothing was validated
-    kl_tokens       (text,) tokens that it is over           accounted   (plan,) bits per number really held, scales and all
+    kl_tokens       (text,) tokens that it is over
+    accounted       (plan,) bits per number really held, scales and whole tokens included; NaN where not known
     """
 
     e_o: np.ndarray
@@ -87,8 +90,10 @@ class BitSearchResult(Result):
         e_k, e_v = self.e_k.mean(axis=0), self.e_v.mean(axis=0)
         kept, plan = self.kept(), self.plan.pairs
         rows = [
-            (layer, *pair, e_o[n, p], low[n, p], high[n, p], e_k[layer, p], e_v[layer, p])
-            + (bool(kept[n, p]), plan[layer] == pair, int(self.groups[layer]), self.seed)
+            (
+                *(layer, *pair, e_o[n, p], low[n, p], high[n, p], e_k[layer, p], e_v[layer, p]),
+                *(bool(kept[n, p]), plan[layer] == pair, int(self.groups[layer]), self.seed),
+            )
             for n, layer in enumerate(self.layers)
             for p, pair in enumerate(self.pairs)
         ]
@@ -96,10 +101,14 @@ class BitSearchResult(Result):
 
     def chosen(self) -> pd.DataFrame:
         """One row per packable layer: its pair, what that costs in errors, and the pairs that were worth a thought."""
-        table = self.table()
-        names = {layer: " ".join(map(_name, rows[rows["pareto"]].itertuples())) for layer, rows in table.groupby("layer")}
+        table: Any = self.table()
+        names = {
+            layer: " ".join(map(_name, rows[rows["pareto"]].itertuples())) for layer, rows in table.groupby("layer")
+        }
         found = table[table["chosen"]].assign(pareto_pairs=table["layer"].map(names))
-        return found[["layer", "key_bits", "value_bits", "e_o", "e_k", "e_v", "group", "pareto_pairs"]].reset_index(drop=True)
+        return found[["layer", "key_bits", "value_bits", "e_o", "e_k", "e_v", "group", "pareto_pairs"]].reset_index(
+            drop=True
+        )
 
     def plans(self) -> pd.DataFrame:
         """One row per plan: nominal and really held bits, the surrogate, and KL in nats per token with its interval."""
@@ -135,9 +144,11 @@ class BitSearchResult(Result):
     def surrogate(self) -> np.ndarray:
         """(plan,) sum over layers of the weighted e_o of its pair."""
         errors = self.e_o.mean(axis=0) if self.layers else self.e_o
-        places = {pair: p for p, pair in enumerate(self.pairs)}
+        places: dict[Any, int] = {pair: p for p, pair in enumerate(self.pairs)}
         chosen = [[places[tuple(map(int, plan[layer]))] for layer in self.layers] for plan in self.plan_pairs]
-        return np.array([sum(self.weights[n] * errors[n, p] for n, p in zip(self.layers, c, strict=True)) for c in chosen])
+        return np.array(
+            [sum(self.weights[n] * errors[n, p] for n, p in zip(self.layers, c, strict=True)) for c in chosen]
+        )
 
     def agreement(self) -> tuple[float, float, float]:
         """(estimate, low, high) Spearman's rank correlation of surrogate and KL over plans; texts are resampled.
@@ -146,7 +157,7 @@ class BitSearchResult(Result):
         """
         surrogate = self.surrogate()
         if self.kl.shape[1] == 0 or len(surrogate) < 3 or np.ptp(surrogate) == 0:
-            return (float("nan"),) * 3
+            return NOTHING
         draws = resampling_weights(self.kl.shape[1], N_BOOTSTRAP, self.seed) * self.kl_tokens
         means = np.vstack([self.kl_tokens, draws]) @ self.kl.T  # (1 + resample, plan); ranks don't mind the scale
         found = _correlation(rankdata(surrogate), rankdata(means, axis=1))
@@ -154,21 +165,21 @@ class BitSearchResult(Result):
         return float(found[0]), float(low), float(high)
 
     def rival(self) -> int | None:
-        """The uniform plan with the least KL of those that cost no more than the answer may; None where there is none."""
-        plans = self.plans()
+        """The uniform plan with the least KL of those within the cap; None where there is none, or no KL."""
+        plans: Any = self.plans()
         bits = plans["accounted_bits" if self.budget == "accounted" else "mean_bits"]
         within = plans[(plans["kind"] == "uniform") & (bits <= self.cap + 1e-9)]
         return int(within["kl"].idxmin()) if len(within) and self.kl.shape[1] else None
 
     def gain(self) -> tuple[float, float, float]:
-        """(estimate, low, high) KL of the best uniform plan within the budget minus that of the answer, text by text."""
+        """(estimate, low, high) KL of the best uniform plan within the cap minus that of the answer, text by text."""
         rival = self.rival()
-        return (float("nan"),) * 3 if rival is None else self._apart(self.kl[rival])
+        return NOTHING if rival is None else self._apart(self.kl[rival])
 
     def shuffled_gain(self) -> tuple[float, float, float]:
-        """(estimate, low, high) mean KL of the answer's pairs in other layers minus that of the answer, text by text."""
+        """(estimate, low, high) mean KL of the answer's pairs in other layers minus the answer's, text by text."""
         others = [number for number, kind in enumerate(self.plan_kinds) if kind == "shuffled"]
-        return self._apart(self.kl[others].mean(axis=0)) if others and self.kl.shape[1] else (float("nan"),) * 3
+        return self._apart(self.kl[others].mean(axis=0)) if others and self.kl.shape[1] else NOTHING
 
     def _apart(self, kl: np.ndarray) -> tuple[float, float, float]:
         options: dict[str, Any] = {"weights": self.kl_tokens, "n_bootstrap": N_BOOTSTRAP, "seed": self.seed}
@@ -217,7 +228,9 @@ class BitSearchResult(Result):
         inside = list(self.layers)
         keys, values = self.plan_pairs[0, inside].mean(axis=0)
         kind = "held" if self.budget == "accounted" else "nominal"
-        title = f"Within {self.cap:g} {kind} bits the best plan by error gives keys {keys:.2f} and values {values:.2f} bits"
+        title = (
+            f"Within {self.cap:g} {kind} bits the best plan by error gives keys {keys:.2f} and values {values:.2f} bits"
+        )
         rival = self.rival()
         if rival is None:
             return title
@@ -229,7 +242,7 @@ class BitSearchResult(Result):
         return f"{title} (difference {gain:.2g}, 95 % interval {low:.2g} to {high:.2g})"
 
     def _plot_errors(self) -> Figure:
-        table = self.table()
+        table: Any = self.table()
         shown = [self.layers[i] for i in _spread(len(self.layers), MOST_CURVES)]
         front = table[table["pareto"] & table["layer"].isin(shown)]
         drawn = front.assign(
@@ -237,21 +250,25 @@ class BitSearchResult(Result):
         )
         mean = table.groupby("layer")["e_o"].mean()
         some = "" if len(shown) == len(self.layers) else f" ({len(shown)} of {len(self.layers)} layers drawn)"
-        title = f"Few bits hurt layer {mean.idxmax()} most and layer {mean.idxmin()} least, on average over all pairs by a"
+        title = (
+            f"Few bits hurt layer {mean.idxmax()} most and layer {mean.idxmin()} least, on average over all pairs by a"
+        )
         title += f" factor of {mean.max() / mean.min():.1f}; each curve is the pairs that are worth having{some}"
         titles: dict[str, Any] = {"title": title, "x_title": "(key bits + value bits) / 2"}
         y_title = "error of attention outputs / norm"
         return plots.lines(drawn, "bits", "e_o", "curve", "low", "high", y_title=y_title, log_y=True, **titles)
 
     def _plot_profile(self) -> Figure:
-        table = self.table()
+        table: Any = self.table()
         by_side = table.set_index(["layer", "key_bits", "value_bits"])["e_o"].unstack("layer")
         prefer = 0.0
         if {(8, 4), (4, 8)} <= set(self.pairs):
             prefer = float((by_side.loc[(8, 4)] < by_side.loc[(4, 8)]).mean())
         title = f"Errors from {table['e_o'].min():.2g} to {table['e_o'].max():.2g} of the output's norm; "
         title += f"{prefer:.0%} of layers would rather have K8V4 than K4V8"
-        drawn = table.assign(pair=[_name(row) for row in table.itertuples()], order=table["key_bits"] + table["value_bits"])
+        drawn = table.assign(
+            pair=[_name(row) for row in table.itertuples()], order=table["key_bits"] + table["value_bits"]
+        )
         drawn = drawn.sort_values(["layer", "order", "key_bits"], ascending=[True, False, False])
         titles: dict[str, Any] = {"title": title, "x_title": "bits of keys and values", "y_title": "layer"}
         figure = plots.heatmap(drawn, "pair", "layer", "e_o", value_title="error / norm", **titles)
@@ -268,22 +285,36 @@ class BitSearchResult(Result):
         else:
             sure = "is better than" if low > 0 else "is worse than" if high < 0 else "can't be told from"
             title += f"{sure} the best uniform one (KL less by {estimate:.2g}, 95 % interval {low:.2g} to {high:.2g})"
-        x_title = "bits per number, scales and whole tokens included" if bits == "accounted_bits" else "mean nominal bits"
-        titles: dict[str, Any] = {"title": title, "x_title": x_title, "y_title": "KL (nats per token)", "colors": COLORS}
+        x_title = (
+            "bits per number, scales and whole tokens included" if bits == "accounted_bits" else "mean nominal bits"
+        )
+        titles: dict[str, Any] = {
+            "title": title,
+            "x_title": x_title,
+            "y_title": "KL (nats per token)",
+            "colors": COLORS,
+        }
         figure = plots.scatter(drawn, bits, "kl", "kind", "low", "high", log_y=True, **titles)
-        searched = figure.data[0]
-        return figure.update_traces(mode="lines+markers", line={"color": searched.marker.color}, selector={"name": "searched"})
+        searched: Any = figure.data[0]
+        return figure.update_traces(
+            mode="lines+markers", line={"color": searched.marker.color}, selector={"name": "searched"}
+        )
 
     def _plot_surrogate(self) -> Figure:
         estimate, low, high = self.agreement()
         title = f"Errors of layers, added up, rank the plans by their KL with a correlation of {estimate:.2f}"
         title += f" (95 % interval over texts {low:.2f} to {high:.2f})"
         x_title = "summed error of attention outputs, what the search minimises"
-        titles: dict[str, Any] = {"title": title, "x_title": x_title, "y_title": "KL (nats per token)", "colors": COLORS}
+        titles: dict[str, Any] = {
+            "title": title,
+            "x_title": x_title,
+            "y_title": "KL (nats per token)",
+            "colors": COLORS,
+        }
         return plots.scatter(self._drawn(), "surrogate", "kl", "kind", "low", "high", log_x=True, log_y=True, **titles)
 
     def _drawn(self) -> pd.DataFrame:
-        plans = self.plans()
+        plans: Any = self.plans()
         order = plans["kind"].map(list(COLORS).index)
         return plans.assign(order=order).sort_values(["order", self._bits()])
 

@@ -127,7 +127,7 @@ class FrontierResult(Result):
         if not len(chance):
             return title
         near = chance.iloc[int(np.abs(np.log(chance["bytes_share"].to_numpy() / best["bytes_share"])).argmin())]
-        return f"{title}; random eviction {near['value']:.3g} from {near['bytes_share']:.2g}"
+        return f"{title}; random eviction at {near['bytes_share']:.2g}: {near['value']:.3g}"
 
     def _of(self, measure: str, group: str) -> pd.DataFrame:
         if measure not in NAMES:

@@ -1,7 +1,6 @@
 """How retaining heads learn which cached tokens an answer will need, on texts whose answer is known.
 
-label = max over the queries that predict the answer, and over the query heads of a key/value head, of the weight that
-a token of the prompt gets; loss = smooth L1(s, label) / layers + c (s_t - s_{t+1})^2, summed over layers.
+loss = smooth L1(s, label) / layers + c (s_t - s_{t+1})^2, means over tokens, summed over layers.
 Source: Locret, Huang et al., 2024 (arXiv 2410.01805), section 3.2. The model stays frozen.
 """
 
@@ -9,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -20,10 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, smooth_l1_loss
 from tqdm.auto import tqdm
 
-from workbench.cache import View, use_stage
-from workbench.cache.rotation import Rotation
-from workbench.methods.retaining import RetainingHeads, arrivals, inputs, network
-from workbench.toggle import Receipt, Toggle
+from workbench.methods.retaining import RetainingHeads, network
+from workbench.methods.retaining_labels import Read, shown_texts
 
 if TYPE_CHECKING:
     from workbench.subject import Subject
@@ -32,8 +28,6 @@ BETAS, CLIP = (0.9, 0.95), 0.5  # of the paper: AdamW's, and the largest gradien
 PER_WIDTH = 6  # inputs per hidden unit: the paper's 6144 inputs and 1024 units
 LOOK = 10  # steps between two looks at the held-out texts
 HELD_OUT = 10  # one text in so many
-See = Callable[[int, Tensor, Tensor], None]  # layer, inputs (token, inputs), labels (token, kv_head)
-Read = Callable[[int, See], None]  # the number of a text; calls `see` once per layer
 
 
 @dataclass(frozen=True)
@@ -76,10 +70,8 @@ def train_retaining_heads(
     """
     if len(data) < 2:
         raise ValueError(f"train_retaining_heads: got {len(data)} texts, expected at least two: one is held out.")
-    texts, shown = [question(subject, prompt, answer) for prompt, answer in data], Shown()
-    with subject.under(Show(shown)):
-        read = functools.partial(_read, subject, shown, texts)
-        return fit(read, len(texts), training or Training(), model=subject.fingerprint, progress=progress)
+    with shown_texts(subject, data) as read:
+        return fit(read, len(data), training or Training(), model=subject.fingerprint, progress=progress)
 
 
 def top_recall(subject: Subject, heads: RetainingHeads, data: Sequence[tuple[str, str]], k: int) -> dict[int, float]:
@@ -94,10 +86,9 @@ def top_recall(subject: Subject, heads: RetainingHeads, data: Sequence[tuple[str
     def see(layer: int, x: Tensor, labels: Tensor) -> None:
         found.setdefault(layer, []).append(shared_top(heads.score(layer, x), labels, k))
 
-    texts, shown = [question(subject, prompt, answer) for prompt, answer in data], Shown()
-    with subject.under(Show(shown)):
-        for number in range(len(texts)):
-            _read(subject, shown, texts, number, see)
+    with shown_texts(subject, data) as read:
+        for number in range(len(data)):
+            read(number, see)
     return {layer: sum(shares) / len(shares) for layer, shares in found.items()}
 
 
@@ -107,11 +98,6 @@ def shared_top(scores: Float[Tensor, "token kv_head"], labels: Float[Tensor, "to
     wanted.scatter_(0, labels.topk(min(k, len(labels)), 0).indices, True)
     given.scatter_(0, scores.topk(min(k, len(scores)), 0).indices, True)
     return float((wanted & given).sum() / wanted.sum())
-
-
-def importance(weights: Float[Tensor, "head query slot"], kv_heads: int) -> Float[Tensor, "slot kv_head"]:
-    """The labels: the largest weight that a token gets from any query and any head that reads its key."""
-    return weights.amax(1).unflatten(0, (kv_heads, -1)).amax(1).T
 
 
 def fit(
@@ -140,10 +126,6 @@ def fit(
             if (step + 1) % LOOK and step + 1 < training.steps:
                 continue
             loss = _loss_on(read, held_out, weights, training)
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"fit: the loss became {loss} at step {step + 1}. Train with a rate below {training.rate}."
-                )
             bar.set_postfix(held_out_loss=f"{loss:.2e}")
             since = 0 if loss < lowest else since + 1
             if loss < lowest:
@@ -202,86 +184,13 @@ def _loss_on(read: Read, numbers: Sequence[int], weights: Weights, training: Tra
     with torch.no_grad():
         for number in numbers:
             read(number, lambda *seen: losses.append(float(_loss(weights, training, *seen))))
-    return sum(losses) / len(numbers)
+    loss = sum(losses) / len(numbers)
+    if not math.isfinite(loss):
+        raise ValueError(f"fit: the held-out loss became {loss}. Train with a rate below {training.rate}.")
+    return loss
 
 
 def _share_of_rate(training: Training, step: int) -> float:
     # The paper warms up for 2000 of its 3000 steps; a share of few steps is enough for small heads.
     rising = (step + 1) / max(1.0, training.warm_up * training.steps)
     return min(1.0, rising, (training.steps - step) / (training.steps * (1 - training.warm_up)))
-
-
-# What a model shows of one text
-
-
-def question(subject: Subject, prompt: str, answer: str) -> tuple[list[int], int]:
-    """Token ids of prompt and answer, joined by a space, and how many belong to the prompt.
-
-    Raises ValueError where one of the two has no token of its own.
-    """
-    made = subject.tokenize([f"{prompt} {answer}"])
-    ids, offsets, special = made.ids[0], made.offsets[0], made.special[0]
-    answers = [at for at, (start, _) in enumerate(offsets) if start >= len(prompt) and not special[at]]
-    if not answers or not answers[0] or not prompt.strip():
-        raise ValueError(
-            f"train_retaining_heads: got prompt {prompt[-30:]!r} and answer {answer[:30]!r}, expected at least one "
-            "token of each."
-        )
-    return ids[: answers[-1] + 1], answers[0]
-
-
-def _read(subject: Subject, shown: Shown, texts: Sequence[tuple[list[int], int]], number: int, see: See) -> None:
-    """One forward of one text; `see` is called by each layer with the prompt's inputs and labels."""
-    ids, shown.n_prompt = texts[number]
-    shown.see = see
-    options = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in subject.accepts else {})
-    with torch.no_grad():
-        subject.model(input_ids=torch.tensor([ids], device=subject.device), **options)
-
-
-@dataclass(eq=False)
-class Shown:
-    """A select stage that drops nothing, and shows what heads would see and should say."""
-
-    n_prompt: int = 0
-    see: See = lambda *_: None
-    receipt: Receipt | None = None
-    running: bool = False
-
-    def keep(self, view: View) -> None:
-        """Show this layer's inputs and labels of the prompt."""
-        assert self.receipt is not None
-        self.receipt.fired += 1
-        # The query of a token predicts the next: the paper starts at the answer's first token, which asks for its
-        # second, and so leaves out the query that has to find the answer.
-        asking = slice(self.n_prompt - 1, view.query.shape[2] - 1)
-        labels = importance(view.attention(asking)[0], view.keys.shape[1])[: self.n_prompt]
-        column, slot, _ = arrivals(view)
-        self.see(view.layer, inputs(view, column[:, : self.n_prompt], slot[:, : self.n_prompt])[0], labels)
-
-
-@dataclass(frozen=True, eq=False)
-class Show(Toggle):
-    """Lets `shown` look into every layer; changes nothing."""
-
-    shown: Shown
-
-    claims: ClassVar[frozenset[str]] = frozenset({"kv.select"})
-
-    def install(self, subject: Subject, undo: ExitStack) -> None:
-        stages, rotation = subject.stages, Rotation.if_any(subject)
-        self.shown.receipt = subject.receipt
-        use_stage(subject, "select", self.shown, undo)
-        undo.callback(setattr, stages, "rotation", stages.rotation)
-        stages.rotation = rotation
-
-    @classmethod
-    def examples(cls, subject: Subject) -> tuple[Toggle, ...]:
-        return ()
-
-    @classmethod
-    def neutral(cls, subject: Subject) -> Toggle:
-        return cls(Shown())
-
-    def __str__(self) -> str:
-        return "training of retaining heads"

@@ -1,7 +1,7 @@
 """Which layers need how many bits in their key/value cache? Profile each layer, plan exactly, check by KL.
 
-min sum_l w_l e_o[l, p_l] subject to mean bits <= cap, e_o the relative error of attention outputs with everything before
-untouched. Source: KVTuner, Li et al., 2025 (arXiv 2502.04420); the exact search and the validation are ours.
+min sum_l w_l e_o[l, p_l] subject to mean bits <= cap, e_o the relative error of a layer's attention outputs while all
+others are untouched. Source: KVTuner, Li et al., 2025 (arXiv 2502.04420); the exact search and the validation are ours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from workbench.site import Site, sites
 from workbench.toggles.quantize import QuantizeKV
 
 if TYPE_CHECKING:
-    from workbench.result import Result
     from workbench.subject import Subject
 
 BASE_BYTES = 1 << 30  # predictions of the unpacked side in memory while plans come and go
@@ -51,7 +50,7 @@ class BitSearch(Probe):
     share        layers whose error curves differ by at most this share one choice (see `clusters`); None: none do
     validate     read held-out texts under the plan, its neighbours at cap +- 0.25, every uniform and some random plans
     sweep        further caps whose plans are validated
-    n_random     random plans, spread over all the caps; and at most so many that deal the answer's pairs to other layers
+    n_random     random plans, spread over all the caps, and at most as many that deal the answer's pairs otherwise
     """
 
     cap: float = 4.0
@@ -70,8 +69,8 @@ class BitSearch(Probe):
     def measure(self, subject: Subject, data: Any) -> BitSearchResult:
         if self.budget == "accounted" and subject.stages:
             raise ValueError(
-                f"BitSearch: got budget='accounted' under {subject.stages}, expected nominal: what a packed layer holds "
-                "is only known where nothing else acts on it."
+                f"BitSearch: got budget='accounted' under {subject.stages}, expected nominal: what a layer "
+                "then holds is only known where nothing else acts on it."
             )
         calibration, held_out = self._texts(subject, data)
         layers, notes = _packable(subject)
@@ -99,7 +98,7 @@ class BitSearch(Probe):
 
     @classmethod
     def planted(cls, seed: int = 0) -> Planted:
-        """Four layers; in the first, one key in every group is huge, and no query looks at it: only its key bits matter."""
+        """Four layers; in the first, one key in every group is huge, though no query looks at it: it needs key bits."""
         return _planted("key outliers in layer 0", _small(cls, seed), seed, outliers=True)
 
     @classmethod
@@ -123,7 +122,7 @@ class BitSearch(Probe):
         kl: np.ndarray | None = None,
         kl_tokens: np.ndarray | None = None,
     ) -> BitSearchResult:
-        """The result from a profile (text, layer, pair, measure), and held bits per number (layer, pair, 2: bits, numbers).
+        """The result from a profile (text, layer, pair, measure) and what is held: (layer, pair, 2) bits and numbers.
 
         Without `kl` the plans are made and not validated.
         """
@@ -136,7 +135,9 @@ class BitSearch(Probe):
         groups = np.full(n_layers, -1)
         kept = np.array([pareto(*row) for row in zip(e_o[inside], costs[inside], strict=True)])
         groups[inside] = np.arange(len(inside)) if self.share is None else clusters(e_o[inside], kept, self.share)
-        kinds, caps, plans = self._candidates(weights[inside, None] * e_o[inside], costs[inside], per_cap, groups[inside])
+        kinds, caps, plans = self._candidates(
+            weights[inside, None] * e_o[inside], costs[inside], per_cap, groups[inside]
+        )
         pairs = np.full((len(plans), n_layers, 2), WHOLE)
         pairs[:, inside] = np.array(self.pairs)[np.array(plans)]
         accounted = np.full(len(plans), np.nan)
@@ -144,8 +145,8 @@ class BitSearch(Probe):
             chosen = held[inside, :, 0][np.arange(len(inside)), np.array(plans)]  # (plan, layer)
             accounted = chosen.sum(axis=1) / held[inside, 0, 1].sum()
         return BitSearchResult(
-            **{name: np.ascontiguousarray(errors[..., n]) for n, name in enumerate(("e_o", "e_k", "e_v"))},
-            costs=costs, groups=groups, weights=weights, plan_pairs=pairs, plan_caps=np.array(caps), accounted=accounted,
+            e_o=errors[..., 0].copy(), e_k=errors[..., 1].copy(), e_v=errors[..., 2].copy(), costs=costs,
+            groups=groups, weights=weights, plan_pairs=pairs, plan_caps=np.array(caps), accounted=accounted,
             kl=np.zeros((len(plans), 0)) if kl is None else kl,
             kl_tokens=np.zeros(0) if kl_tokens is None else kl_tokens,
             pairs=self.pairs, layers=tuple(inside), plan_kinds=tuple(kinds), cap=self.cap, budget=self.budget,
@@ -165,13 +166,17 @@ class BitSearch(Probe):
         """Kind, cap and choice of every plan to compare, the answer first; a plan that comes again is left out."""
         least = costs.min(axis=1).sum() / per_cap
         if self.cap < least - SLACK:
-            raise ValueError(f"BitSearch: got cap={self.cap}, but the cheapest pairs cost {least:.2f} bits. Allow more.")
+            raise ValueError(
+                f"BitSearch: got cap={self.cap}, but the cheapest pairs cost {least:.2f} bits. Allow more."
+            )
         caps = [self.cap]
         if self.validate:
             caps += [cap for cap in (self.cap - 0.25, self.cap + 0.25, *self.sweep) if cap >= least - SLACK]
-        found = {("searched", cap): search(errors, costs, math.floor(cap * per_cap + SLACK), groups) for cap in caps}
+        found: dict[Any, tuple[int, ...]] = {
+            ("searched", cap): search(errors, costs, math.floor(cap * per_cap + SLACK), groups) for cap in caps
+        }
         if self.validate:
-            found |= {("uniform", float("nan")) + (p,): (p,) * len(costs) for p in range(costs.shape[1])}
+            found |= {("uniform", float("nan"), p): (p,) * len(costs) for p in range(costs.shape[1])}
             rng = np.random.default_rng(self.seed)
             answer = found["searched", self.cap]
             for number in range(self.n_random if len(set(answer)) > 1 else 0):
@@ -199,8 +204,8 @@ class BitSearch(Probe):
         short = min(map(len, ids))
         if short <= start:
             raise ValueError(
-                f"BitSearch: got a text of {short} tokens, of which nothing would be packed for some pair. Give more than "
-                f"{start} (sinks, residual and the largest unit), or set a smaller group or residual."
+                f"BitSearch: got a text of {short} tokens, of which nothing would be packed for some pair. "
+                f"Give more than {start} (sinks, residual and the largest unit), or set a smaller group or residual."
             )
         return (ids[::2], ids[1::2]) if self.validate else (ids, [])
 
@@ -226,7 +231,10 @@ class BitSearch(Probe):
         """(layer, pair, 2) bits that a layer holds of so many tokens, and numbers that they stand for."""
         options = {"group": self.group, "residual": self.residual, "sinks": self.sinks, "whole": whole}
         rows = [
-            [(held_bits(pair, tokens, shape, **options), tokens * shape[0] * (shape[1] + shape[2])) for pair in self.pairs]
+            [
+                (held_bits(pair, tokens, shape, **options), tokens * shape[0] * (shape[1] + shape[2]))
+                for pair in self.pairs
+            ]
             for _, shape in sorted(shapes.items())
         ]
         return np.array(rows, dtype=np.int64)
@@ -396,18 +404,24 @@ def _planted(name: str, probe: BitSearch, seed: int, *, outliers: bool) -> Plant
         e_o = result.e_o.mean(axis=0)[0]
         return float(e_o[probe.pairs.index((4, 8))] / e_o[probe.pairs.index((8, 4))])
 
+    def mean_bits(result: Any) -> float:
+        return result.plan.mean_bits
+
+    def different_pairs(result: Any) -> float:
+        return float(len(set(result.plan.pairs)))
+
     expectations = [
         Expectation("error above brute force over all plans", regret, -1e-9, 1e-9),  # FINE rounds at 1e-12
-        Expectation("mean bits", lambda result: result.plan.mean_bits, 0.0, probe.cap),
+        Expectation("mean bits", mean_bits, 0.0, probe.cap),
     ]
     if outliers:
         expectations += [
-            Expectation("key bits of layer 0 over the most elsewhere", lambda r: key_bits(r)[0] / key_bits(r)[1:].max(), 2, 4),
+            Expectation(
+                "key bits of layer 0 over the most elsewhere", lambda r: key_bits(r)[0] / key_bits(r)[1:].max(), 2, 4
+            ),
             Expectation("layer 0: error of K4V8 over that of K8V4", keys_before_values, 1.5, np.inf),
         ]
     else:
-        expectations.append(
-            Expectation("different pairs in the plan", lambda result: float(len(set(result.plan.pairs))), 1, 1)
-        )
+        expectations.append(Expectation("different pairs in the plan", different_pairs, 1, 1))
     arrays = {f"keys of layer {n}": keys.numpy() for n, (_, keys, _) in enumerate(layers)}
     return Planted(name, arrays, lambda: solved(layers, probe), tuple(expectations))

@@ -2,7 +2,8 @@
 
 After layer l the newest queries score the context, and the hidden states of the best tokens alone enter layer l + 1, at
 their own positions; how many is a closed form. While generating, blocks of older generated tokens are thinned likewise.
-Source: PyramidInfer, Yang et al., 2024 (arXiv 2405.12532); what differs from its code is said at the settings.
+Source: PyramidInfer, Yang et al., 2024 (arXiv 2405.12532). Unlike its code: rows of a batch have lengths of their own,
+at most `window` queries score, the linear schedule falls, and no token of the prompt is dropped while generating.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class PyramidInfer(Toggle):
     min_context  a context of so many tokens or fewer is left alone        sinks   first tokens that always go on
     window       most of the recent queries that score, for O(T) memory; None: all of them, as in the paper
     generated    share that layer 0 keeps of each block of generated tokens once it is older than the recent ones,
-                 deeper layers less; None: all stay. The prompt's own tokens are never thinned later, nor packed ones
+                 deeper layers less, and nothing that is packed by then; None: all stay
     block        generated tokens that are thinned together, and newest queries that score them
 
     One forward must bring the whole prompt: a text read in pieces can't be scored. Tokens that do not go on have no

@@ -1,0 +1,101 @@
+"""The exact search for bits per layer against NSGA-II, the published one: error of the best plan, and seconds.
+
+Both minimise the same summed error over the same pairs within the same bits; NSGA-II also after clustering layers.
+Run: python bench/bit_search.py   (needs optuna, of the dev extra)
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import optuna
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench._timing import machine, record
+from workbench.methods.cache_bits import PAIRS, clusters, pareto, search
+
+LAYERS, CAP, SEEDS = (4, 8, 32, 80), 4.0, 3
+TRIALS = (100, 1000)  # 100 is what was published
+COSTS = np.sum(PAIRS, axis=1)
+
+
+def main() -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    print(f"mean bits <= {CAP:g}, pairs {{8, 4, 2}} x {{8, 4, 2}}; medians over {SEEDS} profiles; {machine()}\n")
+    rows: list[dict[str, object]] = []
+    for n_layers in LAYERS:
+        found = [compared(n_layers, seed) for seed in range(SEEDS)]
+        for name in found[0]:
+            excess, seconds = np.median([one[name] for one in found], axis=0)
+            rows.append(
+                {"what": name, "layers": n_layers, "error_over_exact": float(excess), "seconds": float(seconds)}
+            )
+            print(f"{n_layers:3d} layers  {name:34s} error {excess:7.3f} x the exact one   {seconds:9.4f} s")
+    print(f"\nwritten to {record('bit_search', rows)}")
+    if any(float(str(row["error_over_exact"])) < 1 - 1e-9 for row in rows):
+        raise SystemExit("NSGA-II found a better plan than the exact search")
+
+
+def compared(n_layers: int, seed: int) -> dict[str, tuple[float, float]]:
+    """(error over that of the exact plan, seconds) of each way to search one random profile."""
+    errors, costs = profile(n_layers, seed), np.broadcast_to(COSTS, (n_layers, len(PAIRS)))
+    budget = math.floor(2 * n_layers * CAP)
+    kept = np.array([pareto(*row) for row in zip(errors, costs, strict=True)])
+    groups, alone = clusters(errors, kept, 0.1), np.arange(n_layers)
+    started = time.perf_counter()
+    exact = search(errors, costs, budget)
+    seconds = time.perf_counter() - started
+    least = errors[alone, exact].sum()
+    found = {"exact": (1.0, seconds)}
+    for name, shared in (("NSGA-II", alone), ("NSGA-II, layers clustered", groups)):
+        for trials in TRIALS:
+            started = time.perf_counter()
+            error = nsga2(errors, kept, shared, budget, trials, seed)
+            found[f"{name}, {trials} trials"] = (error / least, time.perf_counter() - started)
+    return found
+
+
+def profile(n_layers: int, seed: int) -> np.ndarray:
+    """(layer, pair) errors as they are measured: about 2^-bits of each side, layers of very different sensitivity."""
+    rng = np.random.default_rng(seed)
+    keys, values = np.exp(rng.normal(0.0, 1.0, (2, n_layers, 1)))
+    bits = np.array(PAIRS, dtype=float)
+    errors = np.hypot(keys * 2.0 ** -bits[:, 0], values * 2.0 ** -bits[:, 1])
+    return errors * np.exp(rng.normal(0.0, 0.05, errors.shape))
+
+
+def nsga2(errors: np.ndarray, kept: np.ndarray, groups: np.ndarray, budget: int, trials: int, seed: int) -> float:
+    """The least error within the budget that NSGA-II finds; infinite where no trial keeps to it."""
+    layers = np.arange(len(errors))
+    menu = [np.nonzero(kept[groups == group].all(axis=0))[0].tolist() for group in range(int(groups.max()) + 1)]
+
+    def chosen(trial: optuna.trial.Trial) -> np.ndarray:
+        picks = [pairs[trial.suggest_int(f"group {n}", 0, len(pairs) - 1)] for n, pairs in enumerate(menu)]
+        return np.array(picks)[groups]
+
+    def objective(trial: optuna.trial.Trial) -> tuple[float, float]:
+        plan = chosen(trial)
+        bits = float(COSTS[plan].sum())
+        trial.set_user_attr("beyond", bits - budget)
+        return float(errors[layers, plan].sum()), bits
+
+    def constraint(trial: optuna.trial.FrozenTrial) -> Sequence[float]:
+        return (trial.user_attrs["beyond"],)
+
+    sampler = optuna.samplers.NSGAIISampler(seed=seed, constraints_func=constraint)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    study.optimize(objective, n_trials=trials)
+    within = [trial.values[0] for trial in study.trials if trial.user_attrs["beyond"] <= 0]
+    return min(within, default=math.inf)
+
+
+if __name__ == "__main__":
+    main()
