@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,6 @@ COSTS = np.sum(PAIRS, axis=1)
 
 def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     print(f"mean bits <= {CAP:g}, pairs {{8, 4, 2}} x {{8, 4, 2}}; medians over {SEEDS} profiles; {machine()}\n")
     rows: list[dict[str, object]] = []
     for n_layers in LAYERS:
@@ -84,16 +81,13 @@ def nsga2(errors: np.ndarray, kept: np.ndarray, groups: np.ndarray, budget: int,
     def objective(trial: optuna.trial.Trial) -> tuple[float, float]:
         plan = chosen(trial)
         bits = float(COSTS[plan].sum())
-        trial.set_user_attr("beyond", bits - budget)
+        trial.set_constraint("budget", bits - budget)
         return float(errors[layers, plan].sum()), bits
 
-    def constraint(trial: optuna.trial.FrozenTrial) -> Sequence[float]:
-        return (trial.user_attrs["beyond"],)
-
-    sampler = optuna.samplers.NSGAIISampler(seed=seed, constraints_func=constraint)
+    sampler = optuna.samplers.NSGAIISampler(seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     study.optimize(objective, n_trials=trials)
-    within = [trial.values[0] for trial in study.trials if trial.user_attrs["beyond"] <= 0]
+    within = [trial.values[0] for trial in study.trials if trial.values[1] <= budget]
     return min(within, default=math.inf)
 
 

@@ -17,6 +17,7 @@ from workbench.cache.packed import Format
 from workbench.cache.recording import attention_seen, packable_layers
 from workbench.methods.bit_plans import BitSearchResult
 from workbench.methods.bit_profile import Layout, local_errors
+from workbench.methods.bit_world import brute_force, world
 from workbench.methods.cache_bits import (
     PAIRS,
     BitPlan,
@@ -29,7 +30,7 @@ from workbench.methods.cache_bits import (
     said,
     search,
 )
-from workbench.probes.bit_search import BitSearch, brute_force, errors_by_reading, search_bits, solved, world
+from workbench.probes.bit_search import BitSearch, errors_by_reading, search_bits, solved
 from workbench.site import Site
 from workbench.subject import Subject
 from workbench.toggles.evict import EvictKV

@@ -217,7 +217,9 @@ class BitSearchResult(Result):
         ]
         drawn = pd.DataFrame(rows, columns=["layer", "side", "bits"])
         titles: dict[str, Any] = {"title": self._finding(), "x_title": "layer", "y_title": "", "value_title": "bits"}
-        figure = plots.heatmap(drawn, "layer", "side", "bits", span=(2.0, 16.0), **titles)
+        figure = plots.heatmap(
+            drawn, "layer", "side", "bits", span=(2.0, float(max(8, *plan.key_bits, *plan.value_bits))), **titles
+        )
         figure.update_traces(texttemplate="%{z:.0f}" if len(plan.pairs) <= 64 else None)
         ticks = [2, 4, 8, 16]
         return figure.update_traces(colorbar={"tickvals": ticks, "title": {"text": "bits"}}).update_layout(height=330)
@@ -298,12 +300,14 @@ class BitSearchResult(Result):
         searched: Any = figure.data[0]
         return figure.update_traces(
             mode="lines+markers", line={"color": searched.marker.color}, selector={"name": "searched"}
-        )
+        ).update_yaxes(exponentformat="power")
 
     def _plot_surrogate(self) -> Figure:
         estimate, low, high = self.agreement()
         title = f"Errors of layers, added up, rank the plans by their KL with a correlation of {estimate:.2f}"
         title += f" (95 % interval over texts {low:.2f} to {high:.2f})"
+        if not np.isfinite(estimate):
+            title = "Whether summed errors rank plans by their KL can't be told from these few plans"
         x_title = "summed error of attention outputs, what the search minimises"
         titles: dict[str, Any] = {
             "title": title,
@@ -311,7 +315,9 @@ class BitSearchResult(Result):
             "y_title": "KL (nats per token)",
             "colors": COLORS,
         }
-        return plots.scatter(self._drawn(), "surrogate", "kl", "kind", "low", "high", log_x=True, log_y=True, **titles)
+        return plots.scatter(
+            self._drawn(), "surrogate", "kl", "kind", "low", "high", log_x=True, log_y=True, **titles
+        ).update_yaxes(exponentformat="power")
 
     def _drawn(self) -> pd.DataFrame:
         plans: Any = self.plans()

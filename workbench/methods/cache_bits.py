@@ -84,7 +84,7 @@ class BitPlan:
 
     @classmethod
     def load(cls, path: str | Path, n_layers: int | None = None) -> BitPlan:
-        """The plan in a YAML file; n_layers where it must fit a model. Raises ValueError unless each layer comes once."""
+        """The plan in a YAML file; n_layers where it must fit a model. ValueError unless each layer comes once."""
         path = Path(path)
         try:
             root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)

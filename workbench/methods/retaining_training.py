@@ -32,7 +32,7 @@ HELD_OUT = 10  # one text in so many
 
 @dataclass(frozen=True)
 class Training:
-    """How `fit` trains.
+    """How `fit` trains; the defaults suit small models. The paper: 3000 steps of one text, rate 5e-4, warm-up 2/3.
 
     steps        at most so many; fewer where the loss on held-out texts no longer falls
     batch        texts per step            rate        of AdamW: up from 0 over `warm_up` of the steps, then down to 0
@@ -191,6 +191,5 @@ def _loss_on(read: Read, numbers: Sequence[int], weights: Weights, training: Tra
 
 
 def _share_of_rate(training: Training, step: int) -> float:
-    # The paper warms up for 2000 of its 3000 steps; a share of few steps is enough for small heads.
     rising = (step + 1) / max(1.0, training.warm_up * training.steps)
     return min(1.0, rising, (training.steps - step) / (training.steps * (1 - training.warm_up)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from workbench.cache.recording import Read, attention_seen, packable_layers
 from workbench.generation import text_of
 from workbench.methods.bit_plans import BitSearchResult
 from workbench.methods.bit_profile import Layout, local_errors
+from workbench.methods.bit_world import brute_force, world
 from workbench.methods.cache_bits import PAIRS, BitPlan, Pair, clusters, held_bits, pareto, random_choice, search
 from workbench.probe import Expectation, Planted, Probe
 from workbench.site import Site, sites
@@ -80,13 +81,13 @@ class BitSearch(Probe):
         errors = self._profile(subject, calibration, layers)
         shapes = _shapes(subject, calibration[0])
         tokens = max(map(len, calibration))
-        held = self._held(shapes, tokens, 8 * subject.dtype.itemsize) if not subject.stages else None
+        held = None if subject.stages else self._held(shapes, subject.n_layers, tokens, 8 * subject.dtype.itemsize)
         result = self.planned(errors, layers, held, tuple(notes))
         if not self.validate:
             return result
         plans = [result.plan_of(number) for number in range(len(result.plan_kinds))]
         kl, counts = self._divergences(subject, held_out, plans)
-        return self.planned(errors, layers, held, tuple(notes), kl, counts)
+        return replace(result, kl=kl, kl_tokens=counts)
 
     @property
     def layout(self) -> Layout:
@@ -119,12 +120,10 @@ class BitSearch(Probe):
         layers: Sequence[int],
         held: np.ndarray | None,
         notes: tuple[str, ...] = (),
-        kl: np.ndarray | None = None,
-        kl_tokens: np.ndarray | None = None,
     ) -> BitSearchResult:
         """The result from a profile (text, layer, pair, measure) and what is held: (layer, pair, 2) bits and numbers.
 
-        Without `kl` the plans are made and not validated.
+        The plans are made and not yet validated.
         """
         n_layers, inside = errors.shape[1], list(layers)
         weights = np.ones(n_layers) if self.weights is None else np.asarray(self.weights, dtype=np.float64)
@@ -147,10 +146,8 @@ class BitSearch(Probe):
         return BitSearchResult(
             e_o=errors[..., 0].copy(), e_k=errors[..., 1].copy(), e_v=errors[..., 2].copy(), costs=costs,
             groups=groups, weights=weights, plan_pairs=pairs, plan_caps=np.array(caps), accounted=accounted,
-            kl=np.zeros((len(plans), 0)) if kl is None else kl,
-            kl_tokens=np.zeros(0) if kl_tokens is None else kl_tokens,
-            pairs=self.pairs, layers=tuple(inside), plan_kinds=tuple(kinds), cap=self.cap, budget=self.budget,
-            notes=notes, seed=self.seed,
+            kl=np.zeros((len(plans), 0)), kl_tokens=np.zeros(0), pairs=self.pairs, layers=tuple(inside),
+            plan_kinds=tuple(kinds), cap=self.cap, budget=self.budget, notes=notes, seed=self.seed,
         )  # fmt: skip
 
     def _costs(self, n_layers: int, inside: list[int], held: np.ndarray | None) -> tuple[np.ndarray, float]:
@@ -227,7 +224,7 @@ class BitSearch(Probe):
                 _forward(subject, text)
         return errors
 
-    def _held(self, shapes: dict[int, tuple[int, int, int]], tokens: int, whole: int) -> np.ndarray:
+    def _held(self, shapes: dict[int, tuple[int, int, int]], n_layers: int, tokens: int, whole: int) -> np.ndarray:
         """(layer, pair, 2) bits that a layer holds of so many tokens, and numbers that they stand for."""
         options = {"group": self.group, "residual": self.residual, "sinks": self.sinks, "whole": whole}
         rows = [
@@ -235,7 +232,7 @@ class BitSearch(Probe):
                 (held_bits(pair, tokens, shape, **options), tokens * shape[0] * (shape[1] + shape[2]))
                 for pair in self.pairs
             ]
-            for _, shape in sorted(shapes.items())
+            for shape in (shapes.get(layer, (0, 0, 0)) for layer in range(n_layers))  # recurrent layers have none
         ]
         return np.array(rows, dtype=np.int64)
 
@@ -359,31 +356,10 @@ def _divergence(base: Tensor, packed: Tensor) -> float:
 # Worlds whose truth is known
 
 
-def world(seed: int, *, outliers: bool, n_layers: int = 4) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Queries (4, 200, 16), keys and values (2, 200, 16) of each layer; without outliers all layers are the same."""
-    made = torch.Generator().manual_seed(seed)
-    query, keys, values = (torch.randn(n_layers, n, 200, 16, generator=made) for n in (4, 2, 2))
-    tensors = list(zip(query, keys, values, strict=True))
-    if not outliers:
-        return [tensors[0]] * n_layers
-    query, keys, values = tensors[0]
-    keys[:, ::8] -= 30.0  # one token in every group, in all channels
-    query += 1.0  # so that no query looks at such a token: only the other keys of its group suffer
-    return tensors
-
-
 def solved(layers: Sequence[tuple[Tensor, Tensor, Tensor]], probe: BitSearch) -> BitSearchResult:
     """What `probe` finds in layers given as tensors."""
     errors = np.stack([local_errors(*tensors, probe.pairs, probe.layout) for tensors in layers])[None]
     return probe.planned(errors, range(len(layers)), None)
-
-
-def brute_force(errors: np.ndarray, costs: np.ndarray, budget: float) -> float:
-    """The least summed error by trying every choice."""
-    layers = np.arange(len(errors))
-    choices = np.array(list(product(range(errors.shape[1]), repeat=len(errors))))
-    sums = errors[layers, choices].sum(axis=1)
-    return float(sums[costs[layers, choices].sum(axis=1) <= budget].min())
 
 
 def _small(cls: type[BitSearch], seed: int) -> BitSearch:
