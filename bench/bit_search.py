@@ -17,7 +17,7 @@ import optuna
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench._timing import machine, record
-from workbench.methods.cache_bits import PAIRS, clusters, pareto, search
+from workbench.methods.cache.bits import PAIRS, clusters, pareto, search
 
 LAYERS, CAP, SEEDS = (4, 8, 32, 80), 4.0, 3
 TRIALS = (100, 1000)  # 100 is what was published

@@ -15,10 +15,10 @@ from workbench.cache import KVLayer
 from workbench.cache.held import accounts
 from workbench.cache.packed import Format
 from workbench.cache.recording import attention_seen, packable_layers
-from workbench.methods.bit_plans import BitSearchResult
-from workbench.methods.bit_profile import Layout, local_errors
-from workbench.methods.bit_world import brute_force, world
-from workbench.methods.cache_bits import (
+from workbench.methods.cache.bit_plans import BitSearchResult
+from workbench.methods.cache.bit_profile import Layout, local_errors
+from workbench.methods.cache.bit_world import brute_force, world
+from workbench.methods.cache.bits import (
     PAIRS,
     BitPlan,
     clusters,

@@ -34,7 +34,7 @@ TOGGLES = (
     QuantizeKV(8, 4, group=4, residual=0, sinks=0),
     EvictKV(0.7, "tova", "adaptive", sinks=1, window=2, every=4) | PACK,
 )
-FP32 = 3e-5  # float32 against float64, measured 4e-6; a key of the wrong token is wrong by 0.1 and more
+FP32 = 3e-6  # float32 against float64, measured 5e-7; a key of the wrong token is wrong by 0.1 and more
 
 
 @pytest.fixture(autouse=True)
@@ -368,7 +368,7 @@ def test_half_precision_models_read_what_they_hold(monkeypatch: pytest.MonkeyPat
     with subject.under(EVICT | PACK), spied(monkeypatch) as calls:
         subject.generate(prompts(21, 4), max_new_tokens=5)
         subject.generate(prompts(21), max_new_tokens=9)
-    assert largest_gap(calls) < 0.05  # bfloat16 outputs of order one, measured 0.012
+    assert largest_gap(calls) < 0.03  # bfloat16 outputs of order one, measured 0.0085
 
 
 # Segments

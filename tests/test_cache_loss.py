@@ -11,12 +11,12 @@ import torch
 
 from workbench.cache import cache_bytes
 from workbench.corpora import recall
-from workbench.methods.cache_compare import compare, padded, quantile_interval, relative_error
-from workbench.methods.cache_frontier import CONTROL
-from workbench.methods.cache_loss import CacheLossResult
-from workbench.methods.cache_reading import Reading, held_tokens, read
-from workbench.methods.continuations import Text, own_text, texts_of
-from workbench.methods.heavy_hitter import World
+from workbench.methods.cache.comparison import compare, padded, quantile_interval, relative_error
+from workbench.methods.cache.continuations import Text, own_text, texts_of
+from workbench.methods.cache.frontier import CONTROL
+from workbench.methods.cache.heavy_hitter import World
+from workbench.methods.cache.loss import CacheLossResult
+from workbench.methods.cache.reading import Reading, held_tokens, read
 from workbench.probes.cache_loss import CacheFrontier, CacheLoss, frontier, heavy_hitter, random_control, spread
 from workbench.result import Result
 from workbench.site import Site

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workbench.cache.layer import View
-from workbench.methods.budgets import adaptive, best, budget, pyramid, ranks
-from workbench.methods.scorers import Random, h2o, key_norm, random, snapkv, streaming, tova
+from workbench.methods.cache.budgets import adaptive, best, budget, pyramid, ranks
+from workbench.methods.cache.scorers import Random, h2o, key_norm, random, snapkv, streaming, tova
 from workbench.toggles.evict import EvictKV
 
 every_scorer = pytest.mark.parametrize("by", ["streaming", "h2o", "snapkv", "tova", "key_norm", "random"])
@@ -217,7 +217,7 @@ def test_h2o_in_blocks_is_h2o(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, query = normal(1, 2, 37, 8), normal(1, 4, 37, 8, seed=1)
     small, large = (views(keys, query, [37], Running())[0] for _ in range(2))
     at_once = h2o(large)
-    monkeypatch.setattr("workbench.methods.scorers.BLOCK", 5)
+    monkeypatch.setattr("workbench.methods.cache.scorers.BLOCK", 5)
     torch.testing.assert_close(h2o(small), at_once, rtol=1e-5, atol=1e-6)  # fp32 sums
 
 

@@ -18,9 +18,9 @@ from workbench.cache import accounts, cache_bytes
 from workbench.cache.layer import View
 from workbench.cache.rotation import Rotation
 from workbench.cache.segments import Slots
-from workbench.methods import scorers
-from workbench.methods.alisa_plan import AlisaPlan
-from workbench.methods.scorers import SCORERS, Alisa, ExpectedAttention, Random, SnapKV
+from workbench.methods.cache import scorers
+from workbench.methods.cache.alisa_plan import AlisaPlan
+from workbench.methods.cache.scorers import SCORERS, Alisa, ExpectedAttention, Random, SnapKV
 from workbench.organism.architecture import tokenizer as word_tokenizer
 from workbench.step import Step
 from workbench.toggle import Toggle

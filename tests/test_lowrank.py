@@ -16,7 +16,7 @@ from workbench.cache import accounts, cache_bytes, use_stage
 from workbench.cache.attention import attend
 from workbench.cache.projections import find_projections, second_moments
 from workbench.cache.segments import Slots
-from workbench.methods.low_rank import (
+from workbench.methods.cache.low_rank import (
     Subspace,
     cumulative,
     eigenbasis,

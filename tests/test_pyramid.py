@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from workbench import Site, Subject
 from workbench.cache import KVLayer, Stages, accounts
-from workbench.methods.pyramid_lengths import flops_fraction, going_on, lengths, rates, row_weights, thinned
+from workbench.methods.cache.pyramid_lengths import flops_fraction, going_on, lengths, rates, row_weights, thinned
 from workbench.step import Step
 from workbench.toggle import Receipt
 from workbench.toggles import Steer

@@ -14,9 +14,16 @@ from torch import Tensor
 
 from workbench import Subject
 from workbench.corpora import recall
-from workbench.methods.retaining import RetainingHeads
-from workbench.methods.retaining_labels import Show, Shown, importance, question, shown_texts
-from workbench.methods.retaining_training import Training, Weights, fit, shared_top, top_recall, train_retaining_heads
+from workbench.methods.cache.retaining import RetainingHeads
+from workbench.methods.cache.retaining_labels import Show, Shown, importance, question, shown_texts
+from workbench.methods.cache.retaining_training import (
+    Training,
+    Weights,
+    fit,
+    shared_top,
+    top_recall,
+    train_retaining_heads,
+)
 from workbench.toggle import Toggle
 from workbench.toggles.evict import EvictKV
 

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.dice import Dice
     from workbench.directions import Direction, difference_in_means, random_direction
+    from workbench.methods.cache.bits import BitPlan
+    from workbench.methods.cache.retaining import RetainingHeads
+    from workbench.methods.cache.retaining_training import train_retaining_heads
     from workbench.methods.counterfactual.edits import Edit
     from workbench.methods.neurons.label_agreement import agreement
     from workbench.methods.steering.contrast import Contrast
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from workbench.methods.steering.target import Target
     from workbench.probe import Probe
     from workbench.probes.answer_rates import AnswerRates
+    from workbench.probes.bit_search import BitSearch, search_bits
+    from workbench.probes.cache_loss import CacheFrontier, CacheLoss, frontier
     from workbench.probes.cost import Cost
     from workbench.probes.counterfactual import Counterfactual
     from workbench.probes.deactivation import Deactivation
@@ -40,6 +45,10 @@ if TYPE_CHECKING:
     from workbench.toggle import Toggle
     from workbench.toggles.clustered import ClusteredSteer
     from workbench.toggles.conditional import Condition, ConditionalSteer
+    from workbench.toggles.evict import EvictKV
+    from workbench.toggles.lowrank import LowRankKV
+    from workbench.toggles.pyramid import PyramidInfer
+    from workbench.toggles.quantize import QuantizeKV
     from workbench.toggles.steer import Clamp, ProjectOut, Steer
     from workbench.toggles.weighted import WeightedSteer
     from workbench.widgets.explore import explore
@@ -62,6 +71,18 @@ _HOME = {
     "ConditionalSteer": "toggles.conditional",
     "WeightedSteer": "toggles.weighted",
     "ClusteredSteer": "toggles.clustered",
+    "EvictKV": "toggles.evict",
+    "QuantizeKV": "toggles.quantize",
+    "LowRankKV": "toggles.lowrank",
+    "PyramidInfer": "toggles.pyramid",
+    "CacheLoss": "probes.cache_loss",
+    "CacheFrontier": "probes.cache_loss",
+    "frontier": "probes.cache_loss",
+    "BitSearch": "probes.bit_search",
+    "search_bits": "probes.bit_search",
+    "BitPlan": "methods.cache.bits",
+    "RetainingHeads": "methods.cache.retaining",
+    "train_retaining_heads": "methods.cache.retaining_training",
     "HFTP": "probes.hftp",
     "Cost": "probes.cost",
     "RelationNeurons": "probes.relation_neurons",
@@ -93,6 +114,10 @@ __all__ = [
     "HFTP",
     "SNMF",
     "AnswerRates",
+    "BitPlan",
+    "BitSearch",
+    "CacheFrontier",
+    "CacheLoss",
     "Clamp",
     "ClusteredSteer",
     "Condition",
@@ -105,13 +130,18 @@ __all__ = [
     "Direction",
     "DirectionSearch",
     "Edit",
+    "EvictKV",
     "LatentLanguage",
     "LogitLens",
+    "LowRankKV",
     "NeuronTokens",
     "Probe",
     "ProjectOut",
+    "PyramidInfer",
+    "QuantizeKV",
     "RelationNeurons",
     "Result",
+    "RetainingHeads",
     "Run",
     "Site",
     "Steer",
@@ -125,13 +155,16 @@ __all__ = [
     "contrastive_pairs",
     "difference_in_means",
     "explore",
+    "frontier",
     "grains_direction",
     "principal_direction",
     "random_direction",
+    "search_bits",
     "single_pair",
     "sites",
     "steering_map",
     "strength_for_kl",
+    "train_retaining_heads",
 ]
 
 

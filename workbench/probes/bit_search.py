@@ -20,10 +20,10 @@ from torch import Tensor
 from workbench.cache.packed import WHOLE
 from workbench.cache.recording import Read, attention_seen, packable_layers
 from workbench.generation import text_of
-from workbench.methods.bit_plans import BitSearchResult
-from workbench.methods.bit_profile import Layout, local_errors
-from workbench.methods.bit_world import brute_force, world
-from workbench.methods.cache_bits import PAIRS, BitPlan, Pair, clusters, held_bits, pareto, random_choice, search
+from workbench.methods.cache.bit_plans import BitSearchResult
+from workbench.methods.cache.bit_profile import Layout, local_errors
+from workbench.methods.cache.bit_world import brute_force, world
+from workbench.methods.cache.bits import PAIRS, BitPlan, Pair, clusters, held_bits, pareto, random_choice, search
 from workbench.probe import Expectation, Planted, Probe
 from workbench.site import Site, sites
 from workbench.toggles.quantize import QuantizeKV

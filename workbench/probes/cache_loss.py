@@ -17,12 +17,12 @@ import numpy as np
 
 from workbench.cache import Stages
 from workbench.generation import text_of
-from workbench.methods.cache_compare import Loss, compare
-from workbench.methods.cache_frontier import CONTROL, FrontierResult, Point
-from workbench.methods.cache_loss import CacheLossResult
-from workbench.methods.cache_reading import Reading, read
-from workbench.methods.continuations import Text, texts_of
-from workbench.methods.heavy_hitter import FILLER, N_SYMBOLS, SHARPNESS, World
+from workbench.methods.cache.comparison import Loss, compare
+from workbench.methods.cache.continuations import Text, texts_of
+from workbench.methods.cache.frontier import CONTROL, FrontierResult, Point
+from workbench.methods.cache.heavy_hitter import FILLER, N_SYMBOLS, SHARPNESS, World
+from workbench.methods.cache.loss import CacheLossResult
+from workbench.methods.cache.reading import Reading, read
 from workbench.probe import Expectation, Planted, Probe
 from workbench.site import sites
 from workbench.toggle import Receipt

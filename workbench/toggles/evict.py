@@ -1,7 +1,7 @@
 """Drop cached tokens that later queries will hardly need, and give their memory back.
 
 After the prompt, and again whenever `every` tokens have come since, each layer and head keeps its n best tokens by a
-score; sinks and a window of newest tokens are kept by force. Sources of the scores: `workbench.methods.scorers`.
+score; sinks and a window of newest tokens are kept by force. Sources of the scores: `workbench.methods.cache.scorers`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from workbench.cache.layer import View
 from workbench.cache.rotation import Rotation
 from workbench.cache.segments import Slots
 from workbench.cache.stages import use_stage
-from workbench.methods.budgets import adaptive, best, budget, pyramid
-from workbench.methods.retaining import RetainingHeads
-from workbench.methods.scorers import (
+from workbench.methods.cache.budgets import adaptive, best, budget, pyramid
+from workbench.methods.cache.retaining import RetainingHeads
+from workbench.methods.cache.scorers import (
     SCORERS,
     WITH_SETTINGS,
     Alisa,

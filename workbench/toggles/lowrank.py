@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workbench.cache.projections import KINDS, Kind, Projection, find_projections, second_moments
 from workbench.cache.stages import refuse_own_attention, use_stage
-from workbench.methods.low_rank import (
+from workbench.methods.cache.low_rank import (
     Subspace,
     cumulative,
     eigenbasis,
@@ -122,7 +122,7 @@ class LowRankKV(Toggle):
         return pd.DataFrame(rows, columns=list(PLAN_COLUMNS))
 
     def spectra(self, subject: Subject) -> pd.DataFrame:
-        """Columns layer, tensor, kv_head, rank, energy_left_out: for `workbench.methods.low_rank.spectra_figure`."""
+        """Columns layer, tensor, kv_head, rank, energy_left_out: for `methods.cache.low_rank.spectra_figure`."""
         moments = self._moments(subject, find_projections(subject, self._kinds))
         return spectra_table(
             [(layer, kind, eigenbasis(moment)[0]) for layer, kinds in moments.items() for kind, moment in kinds.items()]

@@ -23,8 +23,8 @@ from workbench.anatomy import first_tensor, with_first_tensor
 from workbench.cache.attention import weights
 from workbench.cache.layer import KVLayer, View
 from workbench.cache.stages import KVCache, use_stage
-from workbench.methods.pyramid_lengths import Schedule, going_on, lengths, newest, rates, row_weights, thinned
-from workbench.methods.scorers import random
+from workbench.methods.cache.pyramid_lengths import Schedule, going_on, lengths, newest, rates, row_weights, thinned
+from workbench.methods.cache.scorers import random
 from workbench.step import Step
 from workbench.toggle import Toggle
 
@@ -89,7 +89,7 @@ class PyramidInfer(Toggle):
             )
 
     def lengths(self, tokens: int, n_layers: int) -> list[int]:
-        """Tokens of a prompt of `tokens` that enter each layer; see `workbench.methods.pyramid_lengths`."""
+        """Tokens of a prompt of `tokens` that enter each layer; see `workbench.methods.cache.pyramid_lengths`."""
         return lengths(
             tokens,
             n_layers,

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from workbench import plots
-from workbench.methods.cache_loss import CacheLossResult
+from workbench.methods.cache.loss import CacheLossResult
 from workbench.result import Result
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Retaining heads: a small trained network per layer scores each token once, when its key and value are made.
 
 s = W2 silu(W1 [q; k; v]), queries, keys and values of all heads before their rotation; one s per key/value head.
-Source: Locret, Huang et al., 2024 (arXiv 2410.01805), section 3. Training: `workbench.methods.retaining_training`.
+Source: Locret, Huang et al., 2024 (arXiv 2410.01805), section 3. Training: `methods.cache.retaining_training`.
 """
 
 from __future__ import annotations

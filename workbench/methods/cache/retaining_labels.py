@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workbench.cache import View, use_stage
 from workbench.cache.rotation import Rotation
-from workbench.methods.retaining import arrivals, inputs
+from workbench.methods.cache.retaining import arrivals, inputs
 from workbench.toggle import Receipt, Toggle
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from workbench.cache import KVLayer, Stages
 from workbench.cache.held import held_bytes
-from workbench.methods.cache_compare import Loss, compare
-from workbench.methods.cache_reading import Reading, held_tokens
-from workbench.methods.continuations import Text
+from workbench.methods.cache.comparison import Loss, compare
+from workbench.methods.cache.continuations import Text
+from workbench.methods.cache.reading import Reading, held_tokens
 from workbench.step import Step
 
 WIDTH, N_HEADS, N_SYMBOLS, SHARPNESS = 64, 2, 16, 3.0

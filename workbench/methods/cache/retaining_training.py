@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, smooth_l1_loss
 from tqdm.auto import tqdm
 
-from workbench.methods.retaining import RetainingHeads, network
-from workbench.methods.retaining_labels import Read, shown_texts
+from workbench.methods.cache.retaining import RetainingHeads, network
+from workbench.methods.cache.retaining_labels import Read, shown_texts
 
 if TYPE_CHECKING:
     from workbench.subject import Subject

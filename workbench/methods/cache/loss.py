@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from workbench import plots
-from workbench.methods.cache_compare import N_BOOTSTRAP, TOKEN_ARRAYS, Loss, quantile_interval, shares_held
+from workbench.methods.cache.comparison import N_BOOTSTRAP, TOKEN_ARRAYS, Loss, quantile_interval, shares_held
 from workbench.result import Result
 from workbench.stats import bootstrap_interval, wilson_interval
 

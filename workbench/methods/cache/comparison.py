@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.methods.cache_reading import Reading
-from workbench.methods.continuations import Text
+from workbench.methods.cache.continuations import Text
+from workbench.methods.cache.reading import Reading
 from workbench.stats import resampling_weights
 
 N_BOOTSTRAP = 1000

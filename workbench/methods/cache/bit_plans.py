@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from workbench import plots
-from workbench.methods.cache_bits import BitPlan, pareto, said
+from workbench.methods.cache.bits import BitPlan, pareto, said
 from workbench.result import Result
 from workbench.stats import bootstrap_interval, resampling_weights
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workbench.anatomy import add_tap
 from workbench.cache import KVLayer, cache_bytes
-from workbench.methods.continuations import Text
+from workbench.methods.cache.continuations import Text
 from workbench.site import sites
 
 if TYPE_CHECKING:

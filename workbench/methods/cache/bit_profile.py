@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.cache.packed import Format, pack_keys, pack_values, unpack_keys, unpack_values
-from workbench.methods.cache_bits import Pair, packed_tokens
+from workbench.methods.cache.bits import Pair, packed_tokens
 
 MOST_LOGITS = 2**24  # (head, query, token) at once
 MEASURES = ("e_o", "e_k", "e_v")

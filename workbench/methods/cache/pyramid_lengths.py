@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.methods.budgets import best
+from workbench.methods.cache.budgets import best
 
 Schedule = Literal["cosine", "linear"]
 NEWEST = 1.2  # weight of the newest row that scores; the oldest has 1

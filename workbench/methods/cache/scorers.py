@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from workbench.cache.layer import View
-from workbench.methods.retaining import RetainingHeads
+from workbench.methods.cache.retaining import RetainingHeads
 
 Scores = Float[Tensor, "batch kv_head slot"]
 BLOCK = 256  # queries whose weights are held at once: O(block x slot) memory
