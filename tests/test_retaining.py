@@ -409,3 +409,13 @@ def _toy_recall(heads: RetainingHeads, read) -> float:
     for number in range(10):
         read(number, lambda layer, x, labels: found.append(shared_top(heads.score(layer, x), labels, N_MARKED)))
     return float(np.mean(found))
+
+
+def test_token_ids_are_taken_as_they_are_and_mixtures_refused() -> None:
+    from workbench.methods.cache.retaining_labels import question
+
+    subject = Subject.tiny("llama", verify=False)
+    assert question(subject, [5, 6, 7], [8]) == ([5, 6, 7, 8], 3)
+    for pair in (([5, 6], "x"), ("x", [5]), ([], [5]), ([5], [])):
+        with pytest.raises(ValueError, match="two texts, or token ids of both"):
+            question(subject, *pair)

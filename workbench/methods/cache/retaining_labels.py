@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from workbench.subject import Subject
 
 See = Callable[[int, Tensor, Tensor], None]  # layer, inputs (token, inputs), labels (token, kv_head)
+Pair = tuple[str | Sequence[int], str | Sequence[int]]  # prompt and answer, as texts or as token ids
 Read = Callable[[int, See], None]  # the number of a text; calls `see` once per layer of full attention
 
 
 @contextmanager
-def shown_texts(subject: Subject, data: Sequence[tuple[str, str]]) -> Iterator[Read]:
+def shown_texts(subject: Subject, data: Sequence[Pair]) -> Iterator[Read]:
     """How to read the texts `data`, pairs (prompt, answer): one exact forward of one text at each call."""
     texts, shown = [question(subject, prompt, answer) for prompt, answer in data], Shown()
     with subject.under(Show(shown)):
@@ -41,11 +42,17 @@ def importance(weights: Float[Tensor, "head query slot"], kv_heads: int) -> Floa
     return weights.amax(1).unflatten(0, (kv_heads, -1)).amax(1).T
 
 
-def question(subject: Subject, prompt: str, answer: str) -> tuple[list[int], int]:
-    """Token ids of prompt and answer, joined by a space, and how many belong to the prompt.
+def question(subject: Subject, prompt: str | Sequence[int], answer: str | Sequence[int]) -> tuple[list[int], int]:
+    """Token ids of prompt and answer (texts are joined by a space), and how many belong to the prompt.
 
     Raises ValueError where one of the two has no token of its own.
     """
+    if not isinstance(prompt, str) and not isinstance(answer, str) and len(prompt) and len(answer):
+        return [*prompt, *answer], len(prompt)
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        raise ValueError(
+            f"retaining heads: got {prompt!r:.60} and {answer!r:.60}, expected two texts, or token ids of both."
+        )
     made = subject.tokenize([f"{prompt} {answer}"])
     ids, offsets, special = made.ids[0], made.offsets[0], made.special[0]
     answers = [at for at, (start, _) in enumerate(offsets) if start >= len(prompt) and not special[at]]

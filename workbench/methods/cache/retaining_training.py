@@ -19,7 +19,7 @@ from torch.nn.functional import mse_loss, smooth_l1_loss
 from tqdm.auto import tqdm
 
 from workbench.methods.cache.retaining import RetainingHeads, network
-from workbench.methods.cache.retaining_labels import Read, shown_texts
+from workbench.methods.cache.retaining_labels import Pair, Read, shown_texts
 
 if TYPE_CHECKING:
     from workbench.subject import Subject
@@ -58,7 +58,7 @@ class Training:
 
 def train_retaining_heads(
     subject: Subject,
-    data: Sequence[tuple[str, str]],
+    data: Sequence[Pair],
     *,
     training: Training | None = None,
     progress: bool = True,
@@ -74,7 +74,7 @@ def train_retaining_heads(
         return fit(read, len(data), training or Training(), model=subject.fingerprint, progress=progress)
 
 
-def top_recall(subject: Subject, heads: RetainingHeads, data: Sequence[tuple[str, str]], k: int) -> dict[int, float]:
+def top_recall(subject: Subject, heads: RetainingHeads, data: Sequence[Pair], k: int) -> dict[int, float]:
     """Layer -> share of the k prompt tokens with the highest labels that are among the k with the highest scores.
 
     The mean over key/value heads and texts; chance is k / n_tokens.
