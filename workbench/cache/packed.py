@@ -20,6 +20,7 @@ from workbench.cache.layer import KVLayer
 from workbench.cache.packing import dequantise, pack_planes, quantise, unpack_planes, unpack_planes_into
 from workbench.cache.segments import Frozen, Slots, joined, reordered
 
+SMALL = 2048  # tokens: a packed part below is quicker joined with the next than read beside it
 WHOLE = 16  # bits that leave a tensor alone
 SCRATCH_CPU = 2**20  # numbers unpacked at once while reading: what a processor's cache holds
 SCRATCH_GPU = 2**24
@@ -228,8 +229,10 @@ class PackStore:
 
     @staticmethod
     def _merge(parts: list[Any]) -> None:
-        """Join the last two parts while they are about as large: few parts, and each token is moved O(log T) times."""
-        while len(parts) > 1 and isinstance(parts[-2], Packed) and len(parts[-2]) < 2 * len(parts[-1]):
+        """Join the last two parts while they are small or about as large: few parts, each token moved O(log T) times."""
+        while len(parts) > 1 and isinstance(parts[-2], Packed):
+            if len(parts[-2]) >= 2 * len(parts[-1]) and parts[-2].longest * parts[-2].form.unit >= SMALL:
+                break
             later = parts.pop()
             parts[-1] = parts[-1].with_later(later)
 
