@@ -229,7 +229,7 @@ class PackStore:
 
     @staticmethod
     def _merge(parts: list[Any]) -> None:
-        """Join the last two parts while they are small or about as large: few parts, each token moved O(log T) times."""
+        """Join the last two parts while small or about as large: few parts, and each token moves O(log T) times."""
         while len(parts) > 1 and isinstance(parts[-2], Packed):
             if len(parts[-2]) >= 2 * len(parts[-1]) and parts[-2].longest * parts[-2].form.unit >= SMALL:
                 break
