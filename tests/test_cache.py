@@ -479,3 +479,42 @@ def test_reordering_flat_segments_moves_whole_rows(counts: list[list[int]], data
     expected = [label for row in rows for label in labels if label[0] == row]
     assert [labels[i] for i in order.tolist()] == expected
     assert chosen.tolist() == [counts[row] for row in rows]
+
+
+def go_on(subject: Subject, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Logits of one token after another, with a cache that holds what comes before them."""
+    with torch.no_grad():
+        steps = [subject.model(input_ids=one, past_key_values=cache, use_cache=True).logits for one in ids.split(1, 1)]
+    return torch.cat(steps, 1)
+
+
+@pytest.mark.parametrize(
+    "toggle", [QuantizeKV(4, 4, group=4, residual=8, sinks=1), EvictKV(16, "tova", every=50)], ids=str
+)
+def test_tokens_that_nothing_has_happened_since_are_taken_back_exactly(toggle: Toggle) -> None:
+    subject, ids = subject_of("llama"), torch.tensor(prompts(30))
+    with subject.under(toggle):
+        cache = read_on(subject, ids[:, :18], [18]).past_key_values
+        held = [layer.slots().positions.clone() for layer in cache.layers]
+        once = go_on(subject, ids[:, 18:21], cache)
+        cache.crop(-3)
+        assert cache.get_seq_length() == 18
+        assert all(torch.equal(layer.slots().positions, was) for layer, was in zip(cache.layers, held, strict=True))
+        assert torch.equal(go_on(subject, ids[:, 18:21], cache), once)
+
+
+def test_no_layer_is_cropped_where_one_can_not_be() -> None:
+    subject, ids = subject_of("llama"), torch.tensor(prompts(30))
+    with subject.under(QuantizeKV((16, 4, 4), (16, 4, 4), group=2, residual=0, sinks=0)):  # layer 0 packs nothing
+        cache = read_on(subject, ids, [30]).past_key_values
+        with pytest.raises(ValueError, match="dropped or packed is gone"):
+            cache.crop(-4)
+        assert [layer.get_seq_length() for layer in cache.layers] == [30] * 3
+
+
+def test_tokens_that_running_scores_have_seen_are_not_taken_back() -> None:
+    subject, ids = subject_of("llama"), torch.tensor(prompts(26))
+    with subject.under(EvictKV(20, "h2o", every=50)):
+        cache = read_on(subject, ids, [24, 1, 1]).past_key_values
+        with pytest.raises(ValueError, match="in the scores of others"):
+            cache.crop(-1)

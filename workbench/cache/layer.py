@@ -167,11 +167,24 @@ class KVLayer(CacheLayerMixin):
         """Forget every token."""
         self.__init__(self.layer, self.stages, self.step)
 
-    def crop(self, max_length: int) -> None:
-        raise ValueError(
-            f"cache: can't take back tokens from a cache made under {self.stages}: what was dropped or packed is gone. "
-            "Assisted decoding needs a cache without such toggles."
-        )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens; like transformers, this takes a negative number. See `check_crop`."""
+        self.check_crop(-tokens_to_remove)
+        self.recent.forget(-tokens_to_remove)
+        self.seen, self.since = self.seen + tokens_to_remove, self.since + tokens_to_remove
+
+    def check_crop(self, count: int) -> None:
+        """Raises ValueError where taking back so many tokens would not lead back to what was.
+
+        It does as long as nothing was selected or packed since they came, and no running score or statistic saw them.
+        """
+        watched = set(self.state) - {"sinks"} or (self.stages.select is not None and self.stages.select.running)
+        if watched or not self.recent.even or not 0 <= count <= min(self.recent.length, self.since):
+            raise ValueError(
+                f"cache: can't take back tokens from a cache made under {self.stages}: "
+                f"{'their attention is in the scores of others' if watched else 'what was dropped or packed is gone'}. "
+                "Assisted decoding needs a cache without such toggles."
+            )
 
     def offload(self) -> None:
         raise ValueError("cache: offloading is not supported under key/value toggles. Switch it off.")

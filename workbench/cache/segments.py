@@ -83,6 +83,12 @@ class Recent:
     def __len__(self) -> int:
         return self.length
 
+    def forget(self, count: int) -> None:
+        """Take back the newest tokens of every row; all rows are as long."""
+        self.positions[:, self.length - count : self.length] = -1
+        self.counts -= count
+        self.length -= count
+
     def emptied(self) -> Recent:
         """A buffer for the same rows without a token."""
         fresh = Recent()

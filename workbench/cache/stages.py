@@ -181,6 +181,13 @@ class KVCache(Cache):
             for receipt in subject.stages.receipts.values():
                 receipt.notes[:] = [*(n for n in receipt.notes if n != note), note]
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens of every layer, or of none; see `KVLayer.check_crop`."""
+        for layer in self.layers:
+            if isinstance(layer, KVLayer):
+                layer.check_crop(-tokens_to_remove)
+        super().crop(tokens_to_remove)
+
 
 def _registered(implementation: str) -> str:
     """The name under which transformers knows our attention beside `implementation`, which other layers go on using."""
