@@ -9,8 +9,8 @@ Memory: peak of live tensors made by capture, as PyTorch's dispatcher sees them,
 from __future__ import annotations
 
 import torch
+from _models import realistic_subject
 from _timing import medians, record
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench import Site, Subject
 from workbench.capture import Capture
@@ -19,21 +19,6 @@ from workbench.tokens import batches, left_pad
 
 ROUNDS = 7
 BATCH = 2048
-
-
-def realistic_subject() -> Subject:
-    """A random model of 8 blocks, d_model 512, wide enough for the forward to be the cost."""
-    config = LlamaConfig(
-        vocab_size=2000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-    )
-    torch.manual_seed(0)
-    return Subject(LlamaForCausalLM(config).eval(), Subject.tiny().tokenizer, name="random-512")
 
 
 def texts(count: int) -> list[list[int]]:

@@ -13,31 +13,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench._models import realistic_subject
 from bench._timing import machine, medians, record
 from workbench import Direction, ProjectOut, Site, Steer, Subject
 
 ROUNDS = 9
 LAYER = 4
 ROWS, TOKENS, NEW = 8, 128, 32
-
-
-def realistic_subject() -> Subject:
-    """A random model of 8 blocks, d_model 512, wide enough for the forward to be the cost."""
-    config = LlamaConfig(
-        vocab_size=2000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-    )
-    torch.manual_seed(0)
-    return Subject(LlamaForCausalLM(config).eval(), Subject.tiny().tokenizer, name="random-512")
 
 
 @torch.no_grad()
