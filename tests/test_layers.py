@@ -19,9 +19,10 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
     {"probes"},
     {"toggles"},
     {"methods"},
-    {"toggle", "probe", "result", "directions", "strength", "cache", "memory", "unembedding"} | SUBJECT,
+    {"toggle", "probe", "result", "directions", "strength", "cache", "pruned", "memory", "unembedding"} | SUBJECT,
     {
         "anatomy",
+        "swap",
         "discovery",
         "site",
         "values",
@@ -42,7 +43,7 @@ ONLY_IN = {  # a library, and the only places that may import it
     "anywidget": {"widgets"},
     "papermill": {"run"},
     "dask": {"sweep"},
-    "transformers": {"discovery", "cache", "organism"} | SUBJECT,
+    "transformers": {"discovery", "cache", "organism", "pruned"} | SUBJECT,
 }
 
 

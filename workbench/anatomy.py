@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from workbench.site import Site
+from workbench.swap import standing_in
+
+KEPT = "kept_units"  # the attribute of a projection that tells which of its units are left
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,62 @@ class Anatomy:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Which units of a projection a toggle left, by their original numbers: attribute `kept_units` of its module.
+
+    A site goes on showing all of its units, the removed ones as zeros, and an edit of those does nothing: ids that a
+    probe found stay true.
+
+    ids       (kept,) ascending                            n_units   how many there were
+    width     numbers per unit: d_head for heads           there     (left,) units whose weights are left; None: all
+    """
+
+    ids: Tensor
+    n_units: int
+    width: int = 1
+    there: Tensor | None = None
+
+    def columns(self, columns: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Where the columns of a fused projection stand by now."""
+        if columns is None or self.there is None:
+            return columns
+        low, high = columns
+        left = len(self.there) * self.width
+        return (low // (high - low) * left, (low // (high - low) + 1) * left)
+
+    def show(self, part: Tensor) -> Tensor:
+        """(..., units that are there) as (..., all units), zeros where one was removed."""
+        shown = part.new_zeros(*part.shape[:-1], self.n_units * self.width)
+        ids, places = self.numbers.to(part.device), self.places.to(part.device)
+        return shown.index_copy(-1, ids, part.index_select(-1, places))
+
+    def take(self, new: Tensor, part: Tensor) -> Tensor:
+        """Of new values (..., all units) what the model has room for; what was removed stays as it is in `part`."""
+        ids, places = self.numbers.to(part.device), self.places.to(part.device)
+        return part.index_copy(-1, places, new.index_select(-1, ids).to(part.dtype))
+
+    @property
+    def numbers(self) -> Tensor:
+        """Where the kept units stand among all."""
+        return spread(self.ids, self.width)
+
+    @property
+    def places(self) -> Tensor:
+        """Where the kept units stand among those that are there."""
+        return self.numbers if self.there is None else spread(torch.searchsorted(self.there, self.ids), self.width)
+
+
+def spread(units: Tensor, width: int) -> Tensor:
+    """(..., unit) to (..., unit * width): the numbers of units that hold `width` numbers each."""
+    return (units[..., None] * width + torch.arange(width, device=units.device)).flatten(-2)
+
+
+def attention_path(anatomy: Anatomy, layer: int) -> str:
+    """Path, below the block, of the attention module: what holds the projection that reads the heads."""
+    return anatomy.place(Site(layer, "heads")).path.rpartition(".")[0]
+
+
 def first_tensor(output: Any) -> Tensor:
     """The hidden states in a module's output: the tensor itself, or the first item of a tuple (Falcon, GPT-J).
 
@@ -110,18 +169,23 @@ def add_tap(
     that changes it must return a new tensor.
     """
     place, width = anatomy.place(site), anatomy.width(site)
+    module = anatomy.module(model, site)
+    of_units = site.kind in ("heads", "neurons", "gate", "up")  # the module may be another kind's place too (OPT)
     rows: list[int] = []  # batch size of the forward under way, for flat places
 
     def through(raw: Tensor) -> Tensor | None:
-        part = raw if place.columns is None else raw[..., slice(*place.columns)]
-        value = part.reshape(rows[-1] if place.flat else raw.shape[0], -1, *width)
-        new = tap(value)
+        kept: Kept | None = vars(module).get(KEPT) if of_units else None  # now: a toggle may come after this tap
+        columns = place.columns if kept is None else kept.columns(place.columns)
+        part = raw if columns is None else raw[..., slice(*columns)]
+        shown = part if kept is None else kept.show(part)
+        new = tap(shown.reshape(rows[-1] if place.flat else raw.shape[0], -1, *width))
         if new is None:
             return None
-        new = new.reshape(part.shape).to(raw.dtype)
-        if place.columns is None:
+        new = new.reshape(shown.shape)
+        new = new.to(raw.dtype) if kept is None else kept.take(new, part)
+        if columns is None:
             return new
-        low, high = place.columns
+        low, high = columns
         return torch.cat([raw[..., :low], new, raw[..., high:]], dim=-1)
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,9 +205,22 @@ def add_tap(
         block = model.get_submodule(f"{anatomy.blocks}.{site.layer}")
         handle = block.register_forward_pre_hook(on_block, with_kwargs=True)
         undo.callback(handle.remove)
-    module = anatomy.module(model, site)
     if place.side == "in":
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
         handle = module.register_forward_hook(on_output)
     undo.callback(handle.remove)
+
+
+def silence(model: nn.Module, anatomy: Anatomy, site: Site) -> str | None:
+    """Why nothing was read at `site` in a forward: "" where nothing runs there, so that zero is what it says.
+
+    None where no toggle stands in for a module on the way, else the reason that it gives.
+    """
+    module: nn.Module = model.get_submodule(f"{anatomy.blocks}.{site.layer}")
+    for name in [None, *filter(None, anatomy.place(site).path.split("."))]:
+        module = module if name is None else module.get_submodule(name)
+        found = standing_in(module)
+        if found is not None and (found.silent or found.reason):
+            return found.reason
+    return None

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from workbench.anatomy import Anatomy, add_tap
+from workbench.anatomy import Anatomy, add_tap, silence
 from workbench.site import Site
 from workbench.tokens import Batch, Tokens
 
@@ -96,10 +96,12 @@ def collect(
     starts = torch.tensor([0, *counts]).cumsum(0)
     values: dict[Site, Tensor] = {}
     waiting: dict[Site, list[Tensor]] = {}
+    heard: set[Site] = set()
     batch: Batch
 
     def tap(site: Site, value: Tensor) -> None:
         """Take a whole batch at once; a batch that is read in pieces is put together first."""
+        heard.add(site)
         pieces = waiting.setdefault(site, [])
         pieces.append(value.detach())
         if sum(piece.shape[1] for piece in pieces) < batch.ids.shape[1]:
@@ -115,11 +117,24 @@ def collect(
         for site in dict.fromkeys(at):
             add_tap(model, anatomy, site, lambda value, site=site: tap(site, value), undo)
         # The bar appears only where the work takes longer than two seconds.
-        for batch, forward in tqdm(  # noqa: B007  # the taps read `batch`
+        for batch, forward in tqdm(  # the taps read `batch`
             forwards, total=n_batches, desc="capture", unit="batch", delay=2, disable=not progress
         ):
             forward()
+            for site in dict.fromkeys(at):
+                if site not in heard:
+                    tap(site, _unheard(model, anatomy, site, batch))
+            heard.clear()
     return Capture({site: values[site] for site in at}, *describe_rows(tokens, wanted, mean))
+
+
+def _unheard(model: nn.Module, anatomy: Anatomy, site: Site, batch: Batch) -> Tensor:
+    """What a site says that was not reached in a forward: zeros, where a toggle keeps it silent."""
+    reason = silence(model, anatomy, site)
+    if reason != "":
+        raise ValueError(f"capture: nothing was read at {site}: {reason or 'its module did not run'}.")
+    like = next(model.get_submodule(f"{anatomy.blocks}.{site.layer}").parameters())
+    return torch.zeros(*batch.ids.shape, *anatomy.width(site), dtype=like.dtype, device=like.device)
 
 
 def describe_rows(tokens: Tokens, wanted: list[Tensor], mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -129,6 +129,17 @@ class ToggleStack:
             self._tap(site, tap, undo)
             undo.callback(alone.pop_all().close)
 
+    def count_forwards(self, undo: ExitStack) -> None:
+        """Let the toggle that is being installed count the tokens of every forward; see `Subject.count_forwards`."""
+        receipt = self._installed[-1].receipt
+
+        def count(step: Step, given: Mapping[str, Any]) -> None:
+            if not self._apart:
+                receipt.count_forward(step.real, step.prompt_lengths)
+
+        self.watch.before.append(count)
+        undo.callback(self.watch.before.remove, count)
+
     def read(
         self, sites: Sequence[Site], decide: Decide, undo: ExitStack, *, tokens: Pooling, edited: Sequence[Site]
     ) -> PromptReading:

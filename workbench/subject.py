@@ -25,6 +25,8 @@ from workbench.dice import Dice
 from workbench.discovery import find_anatomy
 from workbench.generation import Generation, OnToken, continue_batch, make_chooser, text_of
 from workbench.loading import load_model, model_fingerprint
+from workbench.pruned.cut import proved
+from workbench.pruned.units import LayerUnits, find_units
 from workbench.reading import Decide, Pooling, PromptReading
 from workbench.site import Site
 from workbench.stack import Edit, Rule, ToggleStack
@@ -167,7 +169,8 @@ class Subject:
 
         if self.remote is True:  # the service finds the model by its name
             return nnsight.TransformersModel(self.name, revision=self.revision)
-        return nnsight.TransformersModel(self.model, tokenizer=self.tokenizer)
+        with self.untoggled():  # it takes the place of every forward, where toggles may stand in
+            return nnsight.TransformersModel(self.model, tokenizer=self.tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """Name, revision, fingerprint, dtype and device as JSON data, for provenance."""
@@ -348,6 +351,11 @@ class Subject:
         self._stack.watch.step = step
 
     @functools.cached_property
+    def units(self) -> tuple[LayerUnits, ...]:
+        """Which weights belong to which head and neuron of each block; found and proved at its first use."""
+        return proved(self, find_units(self))
+
+    @functools.cached_property
     def stages(self) -> Stages:
         """What the active toggles do to key/value caches; for `workbench.cache.use_stage`."""
         return Stages()
@@ -375,6 +383,10 @@ class Subject:
         positions, or a function of the step that gives a mask (batch, seq).
         """
         self._stack.edit(site, fn, undo, positions=positions)
+
+    def count_forwards(self, undo: ExitStack) -> None:
+        """For `Toggle.install`, of toggles that swap weights: the receipt counts the tokens of every forward."""
+        self._stack.count_forwards(undo)
 
     def read_prompt(
         self,

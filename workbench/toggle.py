@@ -138,6 +138,12 @@ class Receipt:
         self.sums["moved"] = self.sums["moved"] + (after - before).float().where(there, 0.0).square().sum()
         self.sums["before"] = self.sums["before"] + before.float().where(there, 0.0).square().sum()
 
+    def count_forward(self, real: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Record a forward through changed weights: they act on every real token (batch, seq)."""
+        self.fired += 1
+        self._count_rows(real.any(1), lengths)
+        self.sums["tokens"] = self.sums["tokens"] + real.sum()
+
     def _count_rows(self, acted: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Count rows at the first edit that acts on them: other sites and decoding steps bring the same rows again.
 

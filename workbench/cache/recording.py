@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from workbench.cache.stages import eager_attention, refuse_own_attention
+from workbench.pruned.blocks import blocks_of_slots
 
 if TYPE_CHECKING:
     from workbench.subject import Subject
@@ -62,12 +63,13 @@ def attention_seen(subject: Subject, see: Callable[[Read], None]) -> Iterator[No
     before = config._attn_implementation_internal
     if before == NAME:
         raise ValueError("attention_seen: another block is looking already. Leave it first.")
+    blocks = blocks_of_slots(subject.model, subject.anatomy)
     plain, mask = ALL_ATTENTION_FUNCTIONS.get(before), ALL_MASK_ATTENTION_FUNCTIONS[before]
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        see(Read(_layer_of(module), query, key, value, options.get("scaling"), options.get("softcap")))
+        see(Read(_layer_of(module, blocks), query, key, value, options.get("scaling"), options.get("softcap")))
         compute = plain or eager_attention(module)
         return compute(module, query, key, value, attention_mask, **options)
 
@@ -90,8 +92,8 @@ def _trunk(subject: Subject) -> Any:
     return subject.model.get_submodule(subject.anatomy.trunk)
 
 
-def _layer_of(module: nn.Module) -> int:
+def _layer_of(module: nn.Module, blocks: dict[int, int]) -> int:
     layer = vars(module).get("layer_idx")  # what the module itself tells its cache
     if not isinstance(layer, int):
         raise ValueError(f"attention_seen: {type(module).__name__} does not say which layer it is.")
-    return layer
+    return blocks.get(layer, layer)

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from workbench.cache.layer import KVLayer, View
+from workbench.pruned.blocks import blocks_of_slots
 
 if TYPE_CHECKING:
     from workbench.cache.rotation import Rotation
@@ -169,9 +170,12 @@ class KVCache(Cache):
 
     def __init__(self, subject: Subject, config: Any) -> None:
         plain = DynamicCache(config=config).layers
+        blocks = blocks_of_slots(subject.model, subject.anatomy)  # not the same where blocks are dropped
         layers = [
-            KVLayer(index, subject.stages, lambda: subject.step) if type(layer) is DynamicLayer else layer
-            for index, layer in enumerate(plain)
+            KVLayer(blocks.get(slot, slot), subject.stages, lambda: subject.step)
+            if type(layer) is DynamicLayer
+            else layer
+            for slot, layer in enumerate(plain)
         ]
         super().__init__(layers=layers)
         self.toggles = subject.stages.toggles

@@ -28,6 +28,7 @@ from workbench.methods.cache.low_rank import (
     progressive_ranks,
     spectra_table,
 )
+from workbench.pruned.blocks import groups_left
 from workbench.toggle import Toggle
 
 if TYPE_CHECKING:
@@ -100,6 +101,10 @@ class LowRankKV(Toggle):
         error_k, error_v               |x - x_hat| / |x| of what is cached on `texts`; NaN without texts
         bytes_per_token, share         in the cache, and of what the whole vectors take
         """
+        with subject.untoggled():
+            return self._plan(subject, texts)
+
+    def _plan(self, subject: Subject, texts: Sequence[str]) -> pd.DataFrame:
         found = find_projections(subject)
         ranks, moments = self._ranks(subject, found), self._moments(subject, found)
         held_out = second_moments(subject, found, texts) if texts else {}
@@ -123,7 +128,8 @@ class LowRankKV(Toggle):
 
     def spectra(self, subject: Subject) -> pd.DataFrame:
         """Columns layer, tensor, kv_head, rank, energy_left_out: for `methods.cache.low_rank.spectra_figure`."""
-        moments = self._moments(subject, find_projections(subject, self._kinds))
+        with subject.untoggled():
+            moments = self._moments(subject, find_projections(subject, self._kinds))
         return spectra_table(
             [(layer, kind, eigenbasis(moment)[0]) for layer, kinds in moments.items() for kind, moment in kinds.items()]
         )
@@ -137,12 +143,15 @@ class LowRankKV(Toggle):
         cut = {layer: kinds for layer, kinds in found.items() if ranks[layer] < subject.anatomy.d_head}
         if not cut:
             return
-        moments = self._moments(subject, cut)
+        with subject.untoggled():  # the bases are those of whole layers
+            moments = self._moments(subject, cut)
+            biases = {(layer, kind): p.bias() for layer, kinds in cut.items() for kind, p in kinds.items()}
         subspaces: dict[tuple[int, Kind], Subspace] = {}
         for layer, kinds in cut.items():
-            for kind, projection in kinds.items():
-                vectors = eigenbasis(moments[layer][kind])[1][:, :, : ranks[layer]]
-                subspaces[layer, kind] = Subspace(evened(vectors).float(), projection.bias().float())
+            left = groups_left(subject, layer)  # a base belongs to one key/value head, and goes with it
+            for kind in kinds:
+                vectors = eigenbasis(moments[layer][kind])[1][left, :, : ranks[layer]]
+                subspaces[layer, kind] = Subspace(evened(vectors).float(), biases[layer, kind][left].float())
         use_stage(subject, "project", LowRank(cut, subspaces, self.mode == "corrected"), undo)
 
     @classmethod

@@ -79,7 +79,13 @@ class RetainingHeads:
 
     def score(self, layer: int, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch kv_head"]:
         """The scores of tokens from their queries, keys and values."""
-        return network(x, *self._weights(layer, x.device))
+        first, second = self._weights(layer, x.device)
+        if x.shape[-1] not in first.shape:
+            raise ValueError(
+                f"{self}: layer {layer} has {x.shape[-1]} numbers per token by now, trained on {max(first.shape)}: "
+                "heads were pruned from it. Train heads on the pruned model."
+            )
+        return network(x, first, second)
 
     def __call__(self, view: View) -> Float[Tensor, "batch kv_head slot"]:
         """All scores of the layer; the tokens of this forward get theirs now, and it never changes again."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.anatomy import add_tap
+from workbench.anatomy import KEPT, Kept, add_tap
 from workbench.site import Kind, Site
 from workbench.unembedding import norm_weight
 
@@ -31,6 +31,7 @@ def neuron_vectors(subject: Subject, layer: int, side: Side) -> Float[Tensor, "d
 
     Read when called, so it obeys toggles that swap weights. ValueError in words where a block has no such projection
     (mixture of experts, an MLP without a gate), or where its weights are quantised or elsewhere.
+    Neurons that a toggle removed are zeros.
     """
     if side not in KIND_OF:
         raise ValueError(f"neuron_vectors: got side {side!r}, expected one of {', '.join(KIND_OF)}.")
@@ -42,10 +43,12 @@ def neuron_vectors(subject: Subject, layer: int, side: Side) -> Float[Tensor, "d
         raise ValueError(
             f"neuron_vectors: the weights of {site} are {what}. Load the model here, without quantisation."
         )
+    kept: Kept | None = vars(module).get(KEPT)
+    columns = place.columns if kept is None else kept.columns(place.columns)
     by_input = weight.T if isinstance(module, nn.Linear) else weight  # GPT-2's Conv1D is (in, out) already
-    if side == "write":
-        return by_input.float()  # (d_mlp, d_model)
-    return by_input[:, slice(*place.columns) if place.columns else slice(None)].T.float()
+    by_neuron = by_input.T if side == "write" else by_input[:, slice(*columns) if columns else slice(None)]
+    vectors = (by_neuron if kept is None else kept.show(by_neuron)).T  # (d_mlp, d_model)
+    return vectors.float()
 
 
 def write_norm(subject: Subject, layer: int) -> nn.Module | None:

@@ -1,0 +1,5 @@
+"""Smaller models: which weights belong to which unit, plans of what is kept, and how a plan is carried out."""
+
+from workbench.pruned.plan import LayerPlan, Plan, Shape
+
+__all__ = ["LayerPlan", "Plan", "Shape"]
