@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     import nnsight
 
     from workbench.toggle import Receipt, Toggle
+
+T = TypeVar("T")
+REMEMBERED = 4  # values that `Subject.remember` keeps
 
 
 class Subject:
@@ -64,6 +68,7 @@ class Subject:
         self.anatomy = anatomy or find_anatomy(model)
         self.fingerprint = model_fingerprint(model)
         self._stack = ToggleStack(self)
+        self._memory: OrderedDict[Hashable, Any] = OrderedDict()
         self.card: Card = prove(self) if verify else Card(name, self.anatomy, checks=())
 
     # Making one
@@ -359,6 +364,18 @@ class Subject:
     def stages(self) -> Stages:
         """What the active toggles do to key/value caches; for `workbench.cache.use_stage`."""
         return Stages()
+
+    def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What `compute` gives, computed once per key: for toggles whose install would compute the same again.
+
+        The last few are kept; the key must hold everything that decides the value, as a frozen toggle does.
+        """
+        if key not in self._memory:
+            self._memory[key] = compute()
+        self._memory.move_to_end(key)
+        while len(self._memory) > REMEMBERED:
+            self._memory.popitem(last=False)
+        return self._memory[key]
 
     @contextmanager
     def under(self, toggle: Toggle, *, adopt_cache: bool = False) -> Iterator[Subject]:
