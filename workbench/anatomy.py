@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from workbench.site import Site
 from workbench.swap import standing_in
 
+UNIT_KINDS = ("heads", "neurons", "gate", "up")  # whose values are told apart by unit
 KEPT = "kept_units"  # the attribute of a projection that tells which of its units are left
 
 
@@ -170,7 +171,7 @@ def add_tap(
     """
     place, width = anatomy.place(site), anatomy.width(site)
     module = anatomy.module(model, site)
-    of_units = site.kind in ("heads", "neurons", "gate", "up")  # the module may be another kind's place too (OPT)
+    of_units = site.kind in UNIT_KINDS  # the module may be another kind's place too (OPT)
     rows: list[int] = []  # batch size of the forward under way, for flat places
 
     def through(raw: Tensor) -> Tensor | None:
@@ -224,3 +225,9 @@ def silence(model: nn.Module, anatomy: Anatomy, site: Site) -> str | None:
         if found is not None and (found.silent or found.reason):
             return found.reason
     return None
+
+
+def has_units(model: nn.Module, anatomy: Anatomy, site: Site) -> bool:
+    """Whether anything is left at `site` that an edit could change."""
+    kept: Kept | None = vars(anatomy.module(model, site)).get(KEPT)
+    return silence(model, anatomy, site) is None and (site.kind not in UNIT_KINDS or kept is None or len(kept.ids) > 0)

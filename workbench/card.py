@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.anatomy import Anatomy, add_tap
+from workbench.anatomy import Anatomy, add_tap, has_units
 from workbench.site import KINDS, Site
 
 if TYPE_CHECKING:
@@ -136,7 +136,11 @@ def _edits(subject: Subject, ids: Tensor) -> list[Check]:
     difference = float((zero - plain).abs().max())
     checks = [Check("adding zero at every site leaves the logits bit-equal", difference, 0.0)]
     for kind in KINDS:
-        layers = [layer for layer, places in enumerate(subject.anatomy.places) if kind in places]
+        layers = [
+            layer
+            for layer, places in enumerate(subject.anatomy.places)
+            if kind in places and has_units(subject.model, subject.anatomy, Site(layer, kind))
+        ]
         if layers:
             site = Site(layers[len(layers) // 2], kind)  # type: ignore[arg-type]
             changed = _edited(subject, ids, [site], lambda value: value * 0.5 + 0.1)

@@ -41,6 +41,11 @@ def load_model(
 
     Raises FileNotFoundError for a folder that does not exist, ValueError for everything else that can't work.
     """
+    if options.get("ignore_mismatched_sizes"):
+        raise ValueError(
+            "load: got ignore_mismatched_sizes=True, which fills weights of another size with random numbers. "
+            "Leave it out: Subject.load reads pruned models as narrow as they are."
+        )
     source = _find(name)
     config = _config(source, revision, options.get("trust_remote_code", False))
     where = _device(device)
@@ -63,6 +68,11 @@ def load_model(
             )
             model, report = loaded
     except (OSError, SafetensorError, RuntimeError) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise ValueError(
+                f"load: {name} has weights of other sizes than its config tells. If its layers were pruned to "
+                "different widths, read it with load_pruned(folder)."
+            ) from error
         raise ValueError(f"load: {name} can't be read as safetensors: {_first_line(error)}") from error
     absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
     if absent:  # transformers would fill them with random numbers and only warn
@@ -72,6 +82,16 @@ def load_model(
     if "device_map" not in options and "quantization_config" not in options:
         model = model.to(where)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def load_parts(
+    folder: Path, *, dtype: str | torch.dtype, device: str
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, torch.dtype, torch.device]:
+    """What a model in a folder is built from, besides its weights: config, tokenizer, dtype and device."""
+    source = _find(folder)
+    config = _config(source, None, False)
+    where = _device(device)
+    return config, _tokenizer(source, None, {}), _dtype(dtype, config, where), where
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -27,6 +27,7 @@ from workbench.discovery import find_anatomy
 from workbench.generation import Generation, OnToken, continue_batch, make_chooser, text_of
 from workbench.loading import load_model, model_fingerprint
 from workbench.pruned.cut import proved
+from workbench.pruned.exported import PLAN_FILE, load_pruned
 from workbench.pruned.units import LayerUnits, find_units
 from workbench.reading import Decide, Pooling, PromptReading
 from workbench.site import Site
@@ -61,12 +62,15 @@ class Subject:
         verify: bool = True,
         remote: bool | str = False,
         anatomy: Anatomy | None = None,
+        units: tuple[LayerUnits, ...] | None = None,
     ) -> None:
         if model.training:
             raise ValueError(f"Subject: {name} is in training mode, expected a frozen model. Call model.eval() first.")
         self.model, self.tokenizer, self.name, self.revision, self.remote = model, tokenizer, name, revision, remote
         self.anatomy = anatomy or find_anatomy(model)
         self.fingerprint = model_fingerprint(model)
+        if units is not None:
+            self.units = units
         self._stack = ToggleStack(self)
         self._memory: OrderedDict[Hashable, Any] = OrderedDict()
         self.card: Card = prove(self) if verify else Card(name, self.anatomy, checks=())
@@ -93,6 +97,11 @@ class Subject:
         options   passed to transformers' from_pretrained: device_map, quantization_config, trust_remote_code, ...
         Raises ValueError or FileNotFoundError with the cure for paths, dtypes and architectures that can't work.
         """
+        if (Path(name_or_path) / PLAN_FILE).is_file() and not remote:
+            if revision is not None or options:
+                told = ", ".join([*options, *(["revision"] if revision is not None else [])])
+                raise ValueError(f"load: {name_or_path} is a pruned model of ours; {told} can't be used with it.")
+            return load_pruned(name_or_path, dtype=dtype, device=device, verify=verify)
         model, tokenizer = load_model(
             name_or_path, revision=revision, dtype=dtype, device=device, remote=remote is True, **options
         )

@@ -29,10 +29,12 @@ class Toggle(ABC):
     claims   exclusive resources ("kv.select", "kv.store", "ffn.width", ...); two toggles that share a claim
              can't be active together.
     values   dataclasses that its fields may hold, besides Site, Direction and other toggles
+    in_weights   whether all that it does lies in the model's weights, so that a file can hold it
     """
 
     claims: ClassVar[frozenset[str]] = frozenset()
     values: ClassVar[tuple[type, ...]] = ()
+    in_weights: ClassVar[bool] = False
 
     @abstractmethod
     def install(self, subject: Subject, undo: ExitStack) -> None:
@@ -52,6 +54,10 @@ class Toggle(ABC):
     def parts(self) -> tuple[Toggle, ...]:
         """The toggles that this one is composed of, in the order in which they act."""
         return (self,)
+
+    def facts(self, receipt: Receipt) -> list[str]:
+        """What the sums per layer of its receipt mean, in words; for toggles that fill them in."""
+        return []
 
     def __or__(self, other: Toggle) -> Toggle:
         if not isinstance(other, Toggle):
@@ -108,6 +114,7 @@ class Receipt:
     prompts          prompts that a toggle read to decide about them, for toggles that do
     prompts_acted    those among them that it acts on
     notes            facts in words, such as "2 sliding-window layers left alone"
+    per_layer        name -> layer -> a sum, or one for each part of the layer, for toggles that tell layers apart
     """
 
     toggle: Toggle
@@ -116,6 +123,7 @@ class Receipt:
     notes: list[str] = field(default_factory=list)
     # Sums stay on the model's device: reading them at every edit would make every forward wait for the GPU.
     sums: dict[str, torch.Tensor | float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0))
+    per_layer: dict[str, dict[int, torch.Tensor | float]] = field(default_factory=dict)
     _lengths: torch.Tensor | None = field(default=None, repr=False)
     _seen: torch.Tensor | None = field(default=None, repr=False)
 
@@ -143,6 +151,11 @@ class Receipt:
         self.fired += 1
         self._count_rows(real.any(1), lengths)
         self.sums["tokens"] = self.sums["tokens"] + real.sum()
+
+    def count_layer(self, name: str, layer: int, counts: torch.Tensor | float) -> None:
+        """Add to a sum of one layer, or to one for each of its parts: `counts` () or (part,)."""
+        of_name = self.per_layer.setdefault(name, {})
+        of_name[layer] = of_name.get(layer, 0) + counts
 
     def _count_rows(self, acted: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Count rows at the first edit that acts on them: other sites and decoding steps bring the same rows again.
@@ -186,7 +199,7 @@ class Receipt:
             facts.append(f"moved activations by {self.relative_moved:.1%}")
         if self.bytes_freed:
             facts.append(f"freed {self.bytes_freed:,} bytes")
-        return f"{self.toggle}: " + ", ".join(facts + self.notes)
+        return f"{self.toggle}: " + ", ".join(facts + self.notes + self.toggle.facts(self))
 
     def to_json(self) -> dict[str, Any]:
         """The numbers of this receipt as JSON data, without the toggle."""
@@ -198,7 +211,11 @@ class Receipt:
             "prompts_acted": self.prompts_acted,
             "relative_moved": self.relative_moved,
             "bytes_freed": self.bytes_freed,
-            "notes": list(self.notes),
+            "notes": self.notes + self.toggle.facts(self),
+            "per_layer": {
+                name: {str(layer): torch.as_tensor(counts).tolist() for layer, counts in layers.items()}
+                for name, layers in self.per_layer.items()
+            },
         }
 
 

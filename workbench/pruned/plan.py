@@ -65,7 +65,7 @@ class LayerPlan:
 class Plan:
     """What a pruned model keeps. Make one with `Plan.of(subject, {layer: {"neurons": [...]}}, drop=[...])`.
 
-    layers   ((layer, LayerPlan), ...), layers that keep everything left out
+    layers   ((layer, LayerPlan), ...), without layers that keep everything or are dropped
     dropped  blocks that are bypassed
     origin   how it came about: (("criterion", "amp_out"), ("ratio", 0.3), ...)
     Raises ValueError for units that the shape lacks and for uneven groups, with the layer and the counts.
@@ -79,9 +79,10 @@ class Plan:
     def __post_init__(self) -> None:
         given = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
         checked = {int(layer): _checked(int(layer), plan, self.shape) for layer, plan in given}
-        kept = tuple((layer, plan) for layer, plan in sorted(checked.items()) if plan != LayerPlan())
-        object.__setattr__(self, "layers", kept)
-        object.__setattr__(self, "dropped", tuple(sorted({int(layer) for layer in self.dropped})))
+        dropped = tuple(sorted({int(layer) for layer in self.dropped}))
+        kept = [(n, plan) for n, plan in sorted(checked.items()) if plan != LayerPlan() and n not in dropped]
+        object.__setattr__(self, "layers", tuple(kept))
+        object.__setattr__(self, "dropped", dropped)
         object.__setattr__(self, "origin", tuple((str(name), value) for name, value in self.origin))
         for layer in (*checked, *self.dropped):
             if not 0 <= layer < self.shape.n_layers:

@@ -34,6 +34,7 @@ class Prune(Toggle):
     form: Form = "slice"
 
     values: ClassVar[tuple[type, ...]] = (Plan, LayerPlan, Shape)
+    in_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.form not in ("mask", "slice"):
