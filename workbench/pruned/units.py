@@ -92,6 +92,11 @@ def rows_of(linear: Any) -> Tensor:
     return linear.weight.detach().T if isinstance(linear, Conv1D) else linear.weight.detach()
 
 
+def in_layout(linear: Any, rows: Tensor) -> Tensor:
+    """A matrix (out, in) as the projection holds its weight."""
+    return rows.T if isinstance(linear, Conv1D) else rows
+
+
 def _returns(subject: Subject) -> list[tuple[int | None, int | None]]:
     """For each block, what it and its attention return."""
     found: dict[tuple[int, str], int | None] = {}
