@@ -30,17 +30,18 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
-def key_parts(code: Iterable[str], params: Mapping[str, Any]) -> dict[str, Any]:
+def key_parts(code: Iterable[str], params: Mapping[str, Any], package: str | None = None) -> dict[str, Any]:
     """What a key is made of, as JSON data; two runs with different keys differ in one of these parts.
 
     code     the digest of each code cell       params  the text of each value, which tells 1, 1.0, True and "1" apart
     package  the digest of this package         inputs  what each value refers to (`input_digest`)
+    The package is read here unless its digest is given, as for the plans of a whole grid.
     """
     cells = [re.sub(r"[ \t]+$", "", cell.strip(), flags=re.MULTILINE) for cell in code]
     return {
         "code": [hashlib.sha256(cell.encode()).hexdigest() for cell in cells],
         "params": {name: repr(value) for name, value in params.items()},
-        "package": package_digest(),
+        "package": package_digest() if package is None else package,
         "inputs": {name: input_digest(value, params.get("revision")) for name, value in params.items()},
     }
 

@@ -32,7 +32,7 @@ from workbench.folder import (
     run_command,
     utc_now,
 )
-from workbench.keys import key_of, key_parts
+from workbench.keys import key_of, key_parts, package_digest
 from workbench.leases import Held, Holder, LeaseLost, lease
 from workbench.storage import Place
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from workbench.kernel import Watch
     from workbench.warm import WarmKernels
 
-__all__ = ["RUNS_VARIABLE", "LeaseLost", "Plan", "Run", "all_runs", "default_runs", "execute", "plan"]
+__all__ = ["RUNS_VARIABLE", "Draft", "LeaseLost", "Plan", "Run", "all_runs", "default_runs", "execute", "plan"]
 
 MANIFEST = "manifest.json"  # the file that makes a folder a run: written last, removed first
 WORKER_VARIABLE = "WORKBENCH_WORKER"  # set by a sweep: the name of the worker that runs this
@@ -107,24 +107,49 @@ class Plan:
         print(f"waiting: {holder or 'another process'} works on {self.run.folder}", file=sys.stderr, flush=True)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A notebook that was read, and the package as it is now: what the plans of a whole grid share.
+
+    code   sources of its code cells but the parameters, whose place among all cells is `parameters_cell`
+    """
+
+    notebook: Path
+    code: tuple[str, ...]
+    parameters: Mapping[str, parameters.Parameter]
+    parameters_cell: int
+    package: str
+
+    @classmethod
+    def read(cls, notebook: str | Path) -> Draft:
+        """Raises FileNotFoundError for a missing notebook; ValueError for a file that is none and for one without a
+        parameters cell."""
+        path = Path(notebook)
+        cells = read_cells(path)
+        tagged = [i for i, cell in enumerate(cells) if cell.kind == "code" and parameters.TAG in cell.tags]
+        if len(tagged) != 1:
+            raise ValueError(f"{path}: {len(tagged)} code cells are tagged {parameters.TAG!r}, expected one.")
+        code = tuple(cell.source for i, cell in enumerate(cells) if cell.kind == "code" and i != tagged[0])
+        return cls(path, code, parameters.declared(cells[tagged[0]].source), tagged[0], package_digest())
+
+    def plan(self, params: Mapping[str, Any] | None = None, *, runs: str | Place | None = None) -> Plan:
+        """The plan of these parameters; raises ValueError for an unknown one and for a value of the wrong type."""
+        given = dict(params or {})
+        values = parameters.merged(self.parameters, given)
+        root = default_runs() if runs is None else storage.place(runs)
+        parts = key_parts(self.code, values, self.package)
+        folder = root / checked_name(self.notebook.stem) / key_of(parts)
+        command = run_command(self.notebook.as_posix(), {name: values[name] for name in given})
+        return Plan(self.notebook, values, command, Run(folder), self.parameters_cell, parts)
+
+
 def plan(notebook: str | Path, params: Mapping[str, Any] | None = None, *, runs: str | Place | None = None) -> Plan:
     """What `execute` would run, in the folder or at the fsspec URL `runs`. Text is converted to the declared types.
 
     Raises FileNotFoundError for a missing notebook; ValueError for a file that is none, for one without a
     parameters cell, for an unknown parameter and for a value of the wrong type.
     """
-    path, given = Path(notebook), dict(params or {})
-    cells = read_cells(path)
-    tagged = [i for i, cell in enumerate(cells) if cell.kind == "code" and parameters.TAG in cell.tags]
-    if len(tagged) != 1:
-        raise ValueError(f"{path}: {len(tagged)} code cells are tagged {parameters.TAG!r}, expected one.")
-    values = parameters.merged(parameters.declared(cells[tagged[0]].source), given)
-    code = [cell.source for i, cell in enumerate(cells) if cell.kind == "code" and i != tagged[0]]
-    root = default_runs() if runs is None else storage.place(runs)
-    parts = key_parts(code, values)
-    folder = root / checked_name(path.stem) / key_of(parts)
-    command = run_command(path.as_posix(), {name: values[name] for name in given})
-    return Plan(path, values, command, Run(folder), tagged[0], parts)
+    return Draft.read(notebook).plan(params, runs=runs)
 
 
 def execute(

@@ -12,8 +12,7 @@ from typing import Any
 
 from workbench.grid import Axes, combinations
 from workbench.leases import Holder, held
-from workbench.parameters import declared
-from workbench.run import Plan, all_runs, plan, read_cells
+from workbench.run import Draft, Plan, all_runs
 
 CACHED, ELSEWHERE, LEFT = "cached", "elsewhere", "left"
 
@@ -86,18 +85,19 @@ def survey(notebook: str | Path, grid: Sequence[Axes], runs: Any = None) -> Surv
 
     Raises what `plan` raises, and ValueError with every wrong parameter of the grid at once.
     """
-    first = plan(notebook, runs=runs)
-    asked = combinations(grid, declared(read_cells(first.notebook)[first.parameters_cell].source))
+    draft = Draft.read(notebook)
+    asked = combinations(grid, draft.parameters)
+    name = draft.plan(runs=runs).run.notebook
     found: dict[str, tuple[Plan, dict[str, Any]]] = {}
     for given in asked.given:
-        planned = plan(notebook, given, runs=runs)
+        planned = draft.plan(given, runs=runs)
         found.setdefault(planned.run.key, (planned, given))
     plans = tuple(planned for planned, _ in found.values())
-    known = {run.key: run for run in all_runs(runs) if run.notebook == first.run.notebook}
+    known = {run.key: run for run in all_runs(runs) if run.notebook == name}
     manifests = {key: run.manifest for key, run in known.items()}
     holders = _holders(plans, manifests)
     return Survey(
-        notebook=first.notebook,
+        notebook=draft.notebook,
         plans=plans,
         given=tuple(given for _, given in found.values()),
         states={key: _state(key, manifests, holders) for key in found},
