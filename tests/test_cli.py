@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from workbench import cli
-from workbench.cli import chosen_runs, main
+from workbench.cli import main
+from workbench.cli import runs as runs_command
+from workbench.cli.saying import print_findings
 from workbench.run import Run
+from workbench.runs.records import chosen_runs
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +82,14 @@ def test_an_interruption_exits_130(monkeypatch, finished):
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "list_runs", interrupted)
+    monkeypatch.setattr(runs_command, "list_runs", interrupted)
     assert main(["runs", "list"]) == 130
 
 
 def test_runs_are_listed_with_key_status_and_finding(finished, capsys):
     assert main(["runs", "list", "--runs", str(finished[0])]) == 0
     header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["notebook", "key", "status", "started", "finding"]
+    assert header.split() == ["notebook", "key", "status", "started", "seconds", "finding"]
     assert row.split()[0] == "greet" and row.split()[2] == "done" and row.endswith("n=5 ≥ 3")
 
 
@@ -120,7 +122,7 @@ def test_five_findings_are_shown_and_every_run_has_its_first(tmp_path, capsys):
         run.folder.mkdir()
         for n in range(3):
             run.finding(f"{run.key}{n}")
-    cli._print_findings(runs)
+    print_findings(runs)
     assert capsys.readouterr().out.split() == ["a0", "a1", "b0", "b1", "c0"]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,10 +22,12 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from workbench import keys
+from workbench import keys, leases
+from workbench.leases import LeaseLost, held
 from workbench.parameters import declared, merged
 from workbench.result import Result
 from workbench.run import Run, all_runs, execute, plan
+from workbench.signature import signature_of
 
 GREET = """
 import os
@@ -102,6 +107,9 @@ def test_the_environment_is_recorded(greeted):
     recorded = json.loads((greeted.folder / "environment.json").read_text())
     assert recorded["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert recorded["variables"]["PYTHONHASHSEED"] == "0" and len(recorded["lock_sha256"]) == 64
+    assert {"torch", "numpy", "papermill", "pyarrow"} <= set(recorded["versions"])
+    assert recorded["cpu"] and recorded["cpus"] >= 1 and isinstance(recorded["gpus"], list)
+    assert keys.key_of(recorded["key_parts"]) == greeted.key, "what the key was made of is recorded"
 
 
 @pytest.mark.parametrize(
@@ -177,6 +185,16 @@ def test_the_key_holds_what_decides_the_numbers_and_nothing_else(tmp_path, write
     assert len({base, key("2"), key("1", "1"), key("1", given={"n": 4}), key("1", given={"name": "b"})}) == 5
     monkeypatch.setattr(keys, "package_digest", lambda: "another source")
     assert key("1") != base
+
+
+def test_the_parts_of_a_key_tell_which_of_them_changed(tmp_path, write_notebook):
+    def parts(*code: str, **given: str) -> dict:
+        return dict(plan(write_notebook(tmp_path / "k.ipynb", *code), given, runs=tmp_path).key_parts)
+
+    base, changed = parts("1", "2"), parts("1", "3", n="4")
+    assert [a == b for a, b in zip(base["code"], changed["code"], strict=True)] == [True, False]
+    assert {name for name in base["params"] if base["params"][name] != changed["params"][name]} == {"n"}
+    assert keys.run_key(["1", "2"], {"n": 1}) == keys.key_of(keys.key_parts(["1", "2"], {"n": 1}))
 
 
 def test_the_key_knows_the_files_behind_a_parameter(tmp_path, write_notebook, monkeypatch):
@@ -289,10 +307,73 @@ def test_a_run_whose_runner_was_killed_is_made_again(tmp_path, write_notebook, s
     process.kill()
     process.wait(30)
     (run,) = all_runs(tmp_path / "runs")
-    assert run.status == "running"
+    assert run.manifest["status"] == "running" and run.status == "lost"
     (tmp_path / "slow").unlink()
     os.kill(int(file.read_text()), signal.SIGKILL)  # a kernel would notice by itself, seconds later
-    assert execute(notebook, runs=tmp_path / "runs") == run and run.status == "done"
+    planned = plan(notebook, runs=tmp_path / "runs")
+    made = dataclasses.replace(planned, run=run).execute()  # the same run, also while the package is edited
+    assert made == run and run.status == "done"
+    (earlier,) = run.manifest["earlier"]
+    assert run.manifest["attempt"] == 2 and earlier["reason"] == "lost" and earlier["host"] == run.manifest["host"]
+
+
+@pytest.mark.parametrize("moment", [".*.lease/*", "*/params.json", "*/manifest.json", "*/findings.json"])
+def test_a_kill_of_the_runner_at_any_moment_leaves_a_true_manifest(tmp_path, write_notebook, start, moment):
+    process, _ = start(write_notebook(tmp_path / "greet.ipynb", GREET))
+    while process.poll() is None and not any((tmp_path / "runs").glob(f"greet/{moment}")):
+        time.sleep(0.001)
+    process.kill()
+    process.wait(30)
+    for run in all_runs(tmp_path / "runs"):
+        assert run.status in ("lost", "done")
+        for name in run.manifest.get("artefacts", {}):
+            assert (run.folder / name).exists()
+    planned = plan(tmp_path / "greet.ipynb", runs=tmp_path / "runs")
+    assert planned.execute().status == "done"
+
+
+def test_a_run_at_work_is_running_for_others(tmp_path, write_notebook, start):
+    file = tmp_path / "pid"
+    process, _ = start(write_notebook(tmp_path / "slow.ipynb", SLEEP.format(file=file)))
+    _wait_for(file)
+    (run,) = all_runs(tmp_path / "runs")
+    assert run.status == "running" and held(run.folder).pid == process.pid == run.manifest["pid"]
+
+
+def test_a_run_that_another_took_over_stops_and_records_nothing(tmp_path, write_notebook, monkeypatch):
+    monkeypatch.setattr("workbench.files.fcntl", None)  # as between two machines
+    monkeypatch.setattr("workbench.run.lease", functools.partial(leases.lease, ttl_s=0.8))
+    file = tmp_path / "pid"
+    planned = plan(write_notebook(tmp_path / "slow.ipynb", SLEEP.format(file=file)), runs=tmp_path / "runs")
+    seen = []
+
+    def take_over() -> None:
+        _wait_for(file)
+        place = leases._leases_of(planned.run.folder)
+        top = leases._top(place)
+        leases._write(place, dataclasses.replace(top, number=top.number + 1, owner="another", pid=1))
+        (planned.run.folder / "manifest.json").write_text('{"status": "running", "host": "another"}')
+        seen.append(True)
+
+    other = threading.Thread(target=take_over)
+    other.start()
+    with pytest.raises(LeaseLost, match=r"lease lost: process 1 on .* took over"):
+        planned.execute()
+    other.join()
+    assert seen and planned.run.manifest == {"status": "running", "host": "another"}
+    assert not _alive(int(file.read_text()))
+
+
+def test_the_manifest_tells_who_made_it_how_often_and_for_how_long(greeted, tmp_path, write_notebook, monkeypatch):
+    manifest = greeted.manifest
+    assert (manifest["attempt"], manifest["earlier"], manifest["worker"]) == (1, [], None)
+    assert 0 < manifest["cell_seconds"] < manifest["seconds"]
+    monkeypatch.setenv("WORKBENCH_WORKER", "worker-7")
+    planned = plan(write_notebook(tmp_path / "bad.ipynb", "1 / 0"), runs=tmp_path / "runs")
+    for attempt in (1, 2, 3):
+        manifest = planned.execute().manifest
+        assert (manifest["attempt"], manifest["worker"]) == (attempt, "worker-7")
+        assert [each["reason"] for each in manifest["earlier"]] == ["cell failed"] * (attempt - 1)
 
 
 def test_two_processes_at_one_key_compute_it_once(tmp_path, write_notebook, start):
@@ -336,7 +417,9 @@ def test_a_kept_result_comes_back_and_may_be_replaced(interactive):
     interactive.keep("counted", Counted(n=3))
     interactive.keep("counted", Counted(n=4))
     assert interactive.results()["counted"].table()["n"].tolist() == [4]
-    assert interactive.figures()["counted"]["layout"]["title"]["text"] == "There are 4"
+    figure = interactive.figures()["counted"]
+    assert figure["layout"]["title"]["text"] == "There are 4"
+    assert signature_of(figure) == {"key": interactive.key, "command": interactive.command}
     assert interactive.findings == ["There are 4"], "without a recorded finding, the titles speak"
 
 

@@ -1,7 +1,7 @@
 """The folder that one execution leaves behind: `runs/<notebook>/<key>/`.
 
 Files: params, environment, manifest, findings (.json), notebook.ipynb, results/<name>/, figures/<name>.json.
-In a notebook, `run = Run.start("10_hftp")` opens it and `run.keep`, `run.finding` fill it.
+In a notebook, `run = Run.start("10_hftp")` opens it and `run.keep`, `run.finding` fill it. `runs` may be a URL.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench import storage
 from workbench.environment import environment
-from workbench.files import write_json
+from workbench.leases import held
+from workbench.signature import signed
+from workbench.storage import Place, write_json
 
 if TYPE_CHECKING:
     from workbench.result import Result
@@ -32,7 +35,7 @@ RUNS_VARIABLE = "WORKBENCH_RUNS"  # set by a user: where runs live
 class Run:
     """One execution of one notebook, as its folder."""
 
-    folder: Path
+    folder: Place
 
     @classmethod
     def start(cls, notebook: str, **params: Any) -> Run:
@@ -41,6 +44,8 @@ class Run:
         Under `workbench run` it is the runner's folder, whose parameters are recorded already, and PyTorch is
         told to use deterministic algorithms. In an interactive kernel it is a new folder `interactive-<time>`
         that records `params`. Nothing is seeded: seeds are parameters.
+        Where runs live on object storage, `keep` and `finding` of an interactive run write there; other files of its
+        folder have to be written in the way that `storage.filled` offers.
         """
         if folder := os.environ.get(RUN_VARIABLE):
             _use_deterministic_algorithms()
@@ -56,11 +61,13 @@ class Run:
         return run
 
     def keep(self, name: str, result: Result) -> None:
-        """Save a result and its default figure under `name`; a second call replaces the first."""
-        result.save(self.folder / "results" / checked_name(name), overwrite=True)
+        """Save a result and its default figure, signed with this run's key, under `name`; a second call replaces it."""
+        with storage.filled(self.folder / "results" / checked_name(name), last="result.json") as folder:
+            result.save(folder, overwrite=True)
         figures = self.folder / "figures"
         figures.mkdir(exist_ok=True)
-        write_json(figures / f"{name}.json", json.loads(str(result.plot().to_json())))
+        figure = signed(json.loads(str(result.plot().to_json())), self.key, self.command)
+        write_json(figures / f"{name}.json", figure)
 
     def finding(self, sentence: str) -> None:
         """Record a finding in one line, for the report. The same sentence is recorded once."""
@@ -86,8 +93,16 @@ class Run:
 
     @property
     def status(self) -> str:
-        """running, done, failed, interrupted or interactive; "new" before the first start."""
-        return self.manifest.get("status", "new")
+        """running, lost (its runner died), done, failed, interrupted or interactive; "new" before the first start."""
+        return self.status_in(self.manifest)
+
+    def status_in(self, manifest: Mapping[str, Any]) -> str:
+        """The status that a manifest of this run, read before, tells: "running" is only true of the living."""
+        status = manifest.get("status", "new")
+        if status != "running" or self._is_this_kernels or held(self.folder):
+            return status
+        now = self.manifest.get("status", "new")  # it may have ended between two looks
+        return "lost" if now == "running" else now
 
     @property
     def params(self) -> dict[str, Any]:
@@ -106,15 +121,18 @@ class Run:
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """The kept figures as plotly JSON, by name."""
-        paths = sorted((self.folder / "figures").glob("[!.]*.json"))
-        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        paths = storage.files(self.folder / "figures", "[!.]*.json")
+        return {path.stem: json.loads(storage.read(path)) for path in paths}
 
     def results(self) -> dict[str, Result]:
         """The kept results, by name."""
         from workbench.result import Result  # here: it imports torch, which a runner does without
 
-        folders = sorted(path.parent for path in self.folder.glob("results/*/result.json"))
-        return {folder.name: Result.load(folder) for folder in folders}
+        found = {}
+        for path in storage.files(self.folder, "results/*/result.json"):
+            with storage.on_disk(path.parent) as folder:
+                found[path.parent.name] = Result.load(folder)
+        return found
 
     def __repr__(self) -> str:
         return f"Run {self.key} of {self.notebook}: {self.status}, in {_near(self.folder)}\n  {self.command}"
@@ -125,22 +143,28 @@ class Run:
 
     def _read(self, name: str) -> Any:
         try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+            return json.loads(storage.read(self.folder / name))
         except FileNotFoundError:
             return None
 
-
-def all_runs(runs: str | Path | None = None) -> list[Run]:
-    """Every run under a folder, oldest first."""
-    root = default_runs() if runs is None else Path(runs)
-    found = [Run(path.parent) for path in root.glob("[!.]*/[!.]*/manifest.json")]
-    return sorted(found, key=lambda run: (run.manifest.get("started", ""), run.key))
+    @property
+    def _is_this_kernels(self) -> bool:
+        return os.environ.get(RUN_VARIABLE) == str(self.folder)
 
 
-def default_runs() -> Path:
+def all_runs(runs: str | Place | None = None) -> list[Run]:
+    """Every run under a folder or an fsspec URL, oldest first."""
+    root = default_runs() if runs is None else storage.place(runs)
+    paths = storage.files(root, "[!.]*/[!.]*/manifest.json")
+    manifests = {path: json.loads(data) for path, data in zip(paths, storage.read_all(paths), strict=True) if data}
+    found = sorted(manifests, key=lambda path: (manifests[path].get("started", ""), path.parent.name))
+    return [Run(path.parent) for path in found]
+
+
+def default_runs() -> Place:
     """Where runs live: $WORKBENCH_RUNS, else `runs` in the project that holds the working directory, else in that."""
     if named := os.environ.get(RUNS_VARIABLE):
-        return Path(named)
+        return storage.place(named)
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "pyproject.toml").exists():
@@ -171,7 +195,7 @@ def _title(figure: Mapping[str, Any]) -> str:
     return str(title.get("text") or "").replace("<br>", " ") if isinstance(title, dict) else str(title)
 
 
-def _near(path: Path) -> Path:
+def _near(path: Place) -> Place:
     """`path` as seen from the working directory, where it lies below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import site
 import sys
@@ -16,16 +17,27 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from jupyter_core.utils import ensure_event_loop
 
 from workbench.environment import PACKAGE
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+if TYPE_CHECKING:
+    from workbench.warm import WarmKernels
+
+LAUNCHER = "ipykernel_launcher"
 LONGEST_SOCKET_PATH = 90  # sockaddr_un holds 104 bytes on macOS, 108 on Linux; zmq adds "-5"
 LAST_LINES = 15  # of a traceback, for the manifest
+PREFIX, LOCK = "wb-", "alive.lock"  # of the temporary folders, and the file that tells that one is in use
 PATIENCE_S = 3.0  # between interrupting a kernel and killing it
 
 
@@ -34,11 +46,13 @@ class KernelStart:
 
     variables   environment variables on top of this process's own
     folder      an own, short-lived folder for sockets, the connection file and IPython's profile
+    warm        what forks the kernel, if it can; without it the kernel is a new interpreter
     """
 
-    def __init__(self, variables: Mapping[str, str], folder: Path) -> None:
-        self.variables = dict(variables) | _own_folders(folder) | _import_path()
-        self.folder, self.log = folder, folder / "kernel.log"
+    def __init__(self, variables: Mapping[str, str], folder: Path, warm: WarmKernels | None = None) -> None:
+        self.variables = dict(variables) | _own_folders(folder) | import_path()
+        self.folder, self.log, self.warm = folder, folder / "kernel.log", warm
+        self.forked = False  # whether `warm` could give a kernel
         self.started: list[AsyncKernelManager] = []
 
     @property
@@ -48,6 +62,8 @@ class KernelStart:
         class OneKernel(AsyncKernelManager):
             def __init__(self, **traits: Any) -> None:
                 super().__init__(**traits | start._sockets())
+                if start.warm is not None:
+                    self.provisioner = Forking(start, parent=self)
                 start.started.append(self)
 
             @property
@@ -82,7 +98,7 @@ class KernelStart:
         escaped = {name: value.replace("$", "$$") for name, value in self.variables.items()}
         # A crash in compiled code writes its Python stack to the log: the kernel's own stderr would die with it.
         watch_crashes = f"import faulthandler; faulthandler.enable(open({str(self.log)!r}, 'a'))"
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", LAUNCHER, "-f", "{connection_file}"]
         argv.append(f"--IPKernelApp.exec_lines={watch_crashes}")
         return KernelSpec(argv=argv, env=escaped, display_name="Python", language="python")
 
@@ -91,6 +107,24 @@ class KernelStart:
         if hasattr(os, "fork") and len(str(self.folder / "s")) <= LONGEST_SOCKET_PATH:
             traits |= {"transport": "ipc", "ip": str(self.folder / "s")}
         return traits
+
+
+class Forking(LocalProvisioner):
+    """Gets a kernel's process from the parent of warm kernels; where that can't be, starts it cold."""
+
+    def __init__(self, start: KernelStart, **traits: Any) -> None:
+        super().__init__(kernel_spec=start._spec(), **traits)
+        self.start = start
+
+    async def launch_kernel(self, cmd: list[str], **settings: Any) -> Any:
+        assert self.start.warm is not None
+        arguments, cwd = cmd[cmd.index(LAUNCHER) + 1 :], settings.get("cwd") or str(Path.cwd())
+        self.process = self.start.warm.fork(arguments, settings["env"], cwd, self.start.log)
+        if self.process is None:
+            return await super().launch_kernel(cmd, **settings)
+        self.start.forked = True
+        self.pid = self.pgid = self.process.pid  # it will lead a group of its own, even if it does not yet
+        return self.connection_info
 
 
 @dataclass
@@ -159,12 +193,36 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def short_folder() -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder whose path fits into a socket's address, if the machine has one."""
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A temporary folder whose path fits into a socket's address, if the machine has one.
+
+    Those of processes that were killed are removed on this occasion: their locks can be had.
+    """
     place = tempfile.gettempdir()
     if len(place) > LONGEST_SOCKET_PATH - 20 and os.access("/tmp", os.W_OK):
         place = "/tmp"
-    return tempfile.TemporaryDirectory(prefix="wb-", dir=place, ignore_cleanup_errors=True)
+    for lock in Path(place).glob(f"{PREFIX}*/{LOCK}"):
+        with suppress(OSError), lock.open("rb") as file:  # another user's, or removed by another process just now
+            if _flock(file):
+                shutil.rmtree(lock.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=place, ignore_cleanup_errors=True) as name:
+        new = Path(name, f"new-{LOCK}")
+        with new.open("wb") as file:
+            if _flock(file):
+                new.rename(new.with_name(LOCK))  # from here on a living process holds every file of this name
+            yield Path(name)
+
+
+def _flock(file: IO[bytes]) -> bool:
+    """Lock an open file until it is closed; False if another process has it locked, or where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _own_folders(folder: Path) -> dict[str, str]:
@@ -172,7 +230,7 @@ def _own_folders(folder: Path) -> dict[str, str]:
     return {"IPYTHONDIR": str(folder / "ipython"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime")}
 
 
-def _import_path() -> dict[str, str]:
+def import_path() -> dict[str, str]:
     """The kernel imports this very package, also from a checkout that is not installed."""
     parent = str(PACKAGE.parent)
     known = {*site.getsitepackages(), site.getusersitepackages()}

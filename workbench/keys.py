@@ -21,14 +21,29 @@ LENGTH = 12  # hex digits: among 10,000 runs, two share a key with a chance of 2
 
 def run_key(code: Iterable[str], params: Mapping[str, Any]) -> str:
     """The key of the run of these code cells under these parameters, with this package, on these inputs."""
-    content = {
-        "code": [re.sub(r"[ \t]+$", "", cell.strip(), flags=re.MULTILINE) for cell in code],
-        "params": {name: repr(value) for name, value in params.items()},  # tells 1, 1.0, True and "1" apart
-        "package": package_digest(),
+    return key_of(key_parts(code, params))
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """The key that these parts make."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def key_parts(code: Iterable[str], params: Mapping[str, Any], package: str | None = None) -> dict[str, Any]:
+    """What a key is made of, as JSON data; two runs with different keys differ in one of these parts.
+
+    code     the digest of each code cell       params  the text of each value, which tells 1, 1.0, True and "1" apart
+    package  the digest of this package         inputs  what each value refers to (`input_digest`)
+    The package is read here unless its digest is given, as for the plans of a whole grid.
+    """
+    cells = [re.sub(r"[ \t]+$", "", cell.strip(), flags=re.MULTILINE) for cell in code]
+    return {
+        "code": [hashlib.sha256(cell.encode()).hexdigest() for cell in cells],
+        "params": {name: repr(value) for name, value in params.items()},
+        "package": package_digest() if package is None else package,
         "inputs": {name: input_digest(value, params.get("revision")) for name, value in params.items()},
     }
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
 def package_digest() -> str:

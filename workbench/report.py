@@ -1,7 +1,8 @@
 """Runs as one HTML page that opens offline: prose, findings, figures and tables; the code is folded away.
 
 The page fetches nothing: the plotting library is inlined once, styles are inline, images are data.
-Whatever a notebook printed is escaped; its prose and its tables pass through `safe_html`.
+Whatever a notebook printed is escaped; its prose and its tables pass through `safe_html`. Every figure is signed: below
+it, and in the picture that a reader saves of it, stand its run's key and the command that remakes it.
 """
 
 from __future__ import annotations
@@ -15,49 +16,73 @@ from typing import Any
 
 import mistune
 
-from workbench.files import write_atomically
+from workbench import storage
+from workbench.folder import Run
 from workbench.plots import html_div, plotly_js
-from workbench.run import Run
 from workbench.safe_html import safe_html
+from workbench.signature import signature_of, signed
+from workbench.storage import Place
 
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LONGEST_TEXT = 20_000  # characters of one printed output
 
 
-def write_report(runs: Sequence[Run], out: str | Path, title: str = "What the runs found") -> Path:
-    """Write the page of these runs to `out` and return its path."""
+def write_report(runs: Sequence[Run], out: str | Place, title: str = "What the runs found") -> Place:
+    """Write the page of these runs to `out`, a path or an fsspec URL, and return its path."""
     if not runs:
         raise ValueError("report: got no runs, expected at least one.")
-    out = Path(out)
+    out = storage.place(out)
     if out.is_dir():
         raise ValueError(f"report: {out} is a folder, expected the name of an HTML file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page(runs, title).encode())
+    write_page(out, page(runs, title))
     return out
 
 
 def page(runs: Sequence[Run], title: str) -> str:
     """The page of these runs as text."""
-    sections = [_section(run, number) for number, run in enumerate(runs, 1)]
+    sections = [section(run, number) for number, run in enumerate(runs, 1)]
     contents = "\n".join(
-        f'<li><a href="#run-{n}">{_text(_title(run))}</a>{_bullets(run.findings)}</li>' for n, run in enumerate(runs, 1)
+        f'<li><a href="#run-{n}">{text_of(title_of(run))}</a>{_bullets(run.findings)}</li>'
+        for n, run in enumerate(runs, 1)
     )
-    script = plotly_js() if any("Plotly.newPlot" in section for section in sections) else ""
-    return _PAGE.format(title=_text(title), style=_STYLE, script=script, contents=contents, body="\n".join(sections))
+    script = plotly_js() if any(draws(part) for part in sections) else ""
+    body = f'<h1>{text_of(title)}</h1>\n<nav aria-label="Contents"><ol>\n{contents}\n</ol></nav>'
+    return document(title, body + "\n<main>\n" + "\n".join(sections) + "\n</main>", head=script)
 
 
-def _section(run: Run, number: int) -> str:
-    """One run: what it is, what it found, its notebook."""
-    facts = {"run": run.key, "status": run.status, "started": run.manifest.get("started", ""), **run.params}
-    rows = "".join(f"<tr><th scope=row>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in facts.items())
+def section(run: Run, number: int) -> str:
+    """One run as an HTML fragment: what it is, what it found, its notebook."""
+    manifest = run.manifest
+    facts = {"run": run.key, "status": run.status, "started": manifest.get("started", ""), **run.params}
+    rows = "".join(
+        f"<tr><th scope=row>{text_of(name)}</th><td>{text_of(value)}</td></tr>" for name, value in facts.items()
+    )
     cells = "\n".join(_cells(run, number)) or _kept_figures(run, number)
     return (
-        f'<section id="run-{number}" aria-label="{_text(_title(run))}">\n'
-        f"<aside><p>Made by <code>{_text(run.command)}</code></p>{_bullets(run.findings)}"
-        f"<details><summary>parameters</summary><table>{rows}</table></details>{_error(run)}</aside>\n"
+        f'<section id="run-{number}" aria-label="{text_of(title_of(run))}">\n'
+        f"<aside><p>Made by <code>{text_of(run.command)}</code></p>{_bullets(run.findings)}"
+        f'<details><summary>parameters</summary><div class="table"><table>{rows}</table></div></details>'
+        f"{_error(manifest)}</aside>\n"
         f"{cells}\n</section>"
     )
+
+
+def document(title: str, body: str, *, head: str = "", style: str = "") -> str:
+    """A page with the project's style; `head` holds scripts, `style` adds to the style."""
+    return _PAGE.format(title=text_of(title), style=_STYLE + style, head=head, body=body)
+
+
+def write_page(path: Place, text: str) -> None:
+    """Write a page whole or not at all, and the folders above it."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write(path, text.encode())
+
+
+def draws(fragment: str) -> bool:
+    """Whether a fragment has a figure, which needs the plotting library in its page."""
+    return "Plotly.newPlot" in fragment
 
 
 def _cells(run: Run, number: int) -> Iterator[str]:
@@ -68,12 +93,12 @@ def _cells(run: Run, number: int) -> Iterator[str]:
         if cell["cell_type"] == "markdown" and "papermill-error-cell-tag" not in tags:
             yield _markdown(source, demote=True)
         elif cell["cell_type"] == "code" and source.strip():
-            yield f"<details><summary>code</summary><pre><code>{_text(source)}</code></pre></details>"
+            yield f"<details><summary>code</summary><pre><code>{text_of(source)}</code></pre></details>"
             for n, output in enumerate(cell.get("outputs", [])):
-                yield _output(output, f"{number}-{place}-{n}")
+                yield _output(output, f"{number}-{place}-{n}", run)
 
 
-def _output(output: dict[str, Any], name: str) -> str:
+def _output(output: dict[str, Any], name: str, run: Run) -> str:
     """One output of a cell, in the richest form that is safe and needs no network."""
     if output["output_type"] == "stream":
         return _pre(output["text"]) if output.get("name") == "stdout" else ""  # progress bars and warnings stay out
@@ -82,12 +107,12 @@ def _output(output: dict[str, Any], name: str) -> str:
         return f'<div class="error">{_pre(text)}</div>'
     data = output.get("data", {})
     if PLOTLY in data:
-        return _figure(data[PLOTLY], name)
+        return _figure(data[PLOTLY], name, run)
     if WIDGET in data:
         return "<p><em>A control to play with stands here in JupyterLab.</em></p>"
     for kind in ("image/png", "image/jpeg"):
         if kind in data:
-            return f'<img alt="" src="data:{kind};base64,{_text("".join(data[kind]).strip())}">'
+            return f'<img alt="" src="data:{kind};base64,{text_of("".join(data[kind]).strip())}">'
     if "text/html" in data and "<table" in (source := "".join(data["text/html"])):
         return f'<div class="table">{safe_html(source)}</div>'
     if "text/markdown" in data:
@@ -95,31 +120,36 @@ def _output(output: dict[str, Any], name: str) -> str:
     return _pre(data.get("text/plain", ""))
 
 
-def _figure(figure: dict[str, Any], name: str) -> str:
+def _figure(figure: dict[str, Any], name: str, run: Run) -> str:
     """A figure as a fragment. Equal figures get equal ids from html_div, and a page needs different ones."""
     plain = {part: figure[part] for part in ("data", "layout") if part in figure}
-    return f"<figure>{re.sub(r'figure-[0-9a-f]{16}', f'figure-{name}', html_div(plain))}</figure>"
+    own = signed(plain, run.key, run.command)
+    drawn = re.sub(r"figure-[0-9a-f]{16}", f"figure-{name}", html_div(own))
+    said = signature_of(own) or {}
+    caption = f"run {text_of(said.get('key', ''))} · <code>{text_of(said.get('command', ''))}</code>"
+    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
 def _kept_figures(run: Run, number: int) -> str:
     """For a run without a notebook, such as an interactive one, the figures that it kept."""
-    return "\n".join(_figure(figure, f"{number}-{n}") for n, figure in enumerate(run.figures().values()))
+    return "\n".join(_figure(figure, f"{number}-{n}", run) for n, figure in enumerate(run.figures().values()))
 
 
-def _error(run: Run) -> str:
-    error = run.manifest.get("error")
+def _error(manifest: dict[str, Any]) -> str:
+    error = manifest.get("error")
     if not error:
         return ""
     lines = "\n".join(error["lines"])
-    return f'<div class="error"><p>{_text(error["kind"])}</p>{_pre(lines)}</div>'
+    where = "" if error.get("cell") is None else f" in cell {error['cell']}"
+    return f'<div class="error"><p>{text_of(error["kind"])}{where}</p>{_pre(lines)}</div>'
 
 
 def _notebook(run: Run) -> list[dict[str, Any]]:
     path = run.folder / "notebook.ipynb"
-    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
+    return json.loads(storage.read(path))["cells"] if path.exists() else []
 
 
-def _title(run: Run) -> str:
+def title_of(run: Run) -> str:
     """The notebook's first heading, else its name."""
     for cell in _notebook(run):
         if found := re.search(r"^#\s+(.+)$", "".join(cell["source"]), flags=re.MULTILINE):
@@ -137,14 +167,15 @@ def _markdown(source: str, demote: bool = False) -> str:
 def _pre(text: str | list[str]) -> str:
     joined = re.sub(r"\x1b\[[0-9;]*m", "", "".join(text))
     cut = f"\n… {len(joined) - LONGEST_TEXT} characters more" if len(joined) > LONGEST_TEXT else ""
-    return f"<pre>{_text(joined[:LONGEST_TEXT] + cut)}</pre>" if joined.strip() else ""
+    return f"<pre>{text_of(joined[:LONGEST_TEXT] + cut)}</pre>" if joined.strip() else ""
 
 
 def _bullets(lines: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>" if lines else ""
+    return f"<ul>{''.join(f'<li>{text_of(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A value as text in a page."""
     return html.escape(str(value))
 
 
@@ -161,7 +192,9 @@ pre { background: #f6f6f6; padding: .6rem .8rem; white-space: pre-wrap; overflow
 details { margin: .4rem 0; color: #444; } summary { cursor: pointer; font-size: .8rem; color: #55606a; }
 a { color: #0060a0; }
 a:focus-visible, summary:focus-visible { outline: 3px solid #d55e00; outline-offset: 2px; }
-figure { margin: 1rem 0; } img { max-width: 100%; } .table { overflow-x: auto; }
+figure { margin: 1rem 0; overflow-x: auto; } figure > div { min-width: 44rem; }
+figcaption { font-size: .75rem; color: #55606a; overflow-wrap: anywhere; }
+img { max-width: 100%; } .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
 .error pre { background: #fff1ec; border-left: 4px solid #d55e00; }
@@ -178,16 +211,10 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style}</style>
-{script}
+{head}
 </head>
 <body>
-<h1>{title}</h1>
-<nav aria-label="Contents"><ol>
-{contents}
-</ol></nav>
-<main>
 {body}
-</main>
 </body>
 </html>
 """

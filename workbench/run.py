@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
+import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workbench import parameters
+from workbench import parameters, storage
 from workbench.environment import deterministic_variables, environment
-from workbench.files import PARTIAL, locked, sha256_of, write_json
+from workbench.files import PARTIAL, sha256_of, write_json
 from workbench.folder import (
     RUN_VARIABLE,
     RUNS_VARIABLE,
@@ -32,12 +32,18 @@ from workbench.folder import (
     run_command,
     utc_now,
 )
-from workbench.keys import run_key
+from workbench.keys import key_of, key_parts, package_digest
+from workbench.leases import Held, Holder, LeaseLost, lease
+from workbench.storage import Place
 
 if TYPE_CHECKING:
     from workbench.kernel import Watch
+    from workbench.warm import WarmKernels
 
-__all__ = ["RUNS_VARIABLE", "Plan", "Run", "all_runs", "default_runs", "execute", "plan"]
+__all__ = ["RUNS_VARIABLE", "Draft", "LeaseLost", "Plan", "Run", "all_runs", "default_runs", "execute", "plan"]
+
+MANIFEST = "manifest.json"  # the file that makes a folder a run: written last, removed first
+WORKER_VARIABLE = "WORKBENCH_WORKER"  # set by a sweep: the name of the worker that runs this
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Plan:
     command: str
     run: Run
     parameters_cell: int
+    key_parts: Mapping[str, Any]
 
     def source_index(self, executed_index: int | None) -> int | None:
         """Which cell of the notebook a cell of its executed copy is; None for the parameters put in."""
@@ -63,52 +70,93 @@ class Plan:
         timeout: float | None = None,
         threads: int | None = None,
         progress: bool = False,
+        warm: WarmKernels | None = None,
     ) -> Run:
         """Run the notebook, unless this key is done; the returned run's status is done or failed.
 
         timeout   seconds for the whole run        threads   CPU threads for the kernel's arithmetic
+        warm      what the kernel is forked from, of the same `threads`; without it, it starts cold
         A done run that `force` makes again is kept as `.<key>.previous` until the new one is done.
-        Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once the kernel is down and the manifest written.
+        While another process works on this key, this one waits, and then finds it done. Where runs live on object
+        storage, the work is done in local scratch and copied there, the manifest last.
+        Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once the kernel is down and the manifest written; LeaseLost
+        (an OSError) where this process was frozen for so long that another took the run over.
         """
-        folder = self.run.folder
-        with locked(folder.with_name(f".{folder.name}.lock"), lambda: _say(f"waiting: {folder} is at work")):
-            if self.run.status == "done" and not force:
-                return self.run
-            previous = _fresh_folder(folder, keep_old=self.run.status == "done")
-            variables = deterministic_variables(threads) | {RUN_VARIABLE: str(folder.resolve())}
-            write_json(folder / "params.json", self.params)
-            write_json(folder / "environment.json", environment(variables))
-            with _recorded(self, folder) as outcome:
-                outcome.update(_run_kernel(self, variables, timeout, progress))
-            if self.run.status == "done":
-                shutil.rmtree(previous, ignore_errors=True)
+        if self.run.status == "done" and not force:
+            return self.run
+        with lease(self.run.folder, wait=self._say_waiting) as held:
+            if force or not (self.run.status == "done" or _delivered_late(self.run.folder)):
+                self._make(held, timeout, threads, progress, warm)
         return self.run
 
+    def _make(
+        self, held: Held, timeout: float | None, threads: int | None, progress: bool, warm: WarmKernels | None
+    ) -> None:
+        folder, desk = self.run.folder, storage.workplace(self.run.folder)
+        before = self.run.manifest
+        previous = _fresh_folder(folder, desk, keep_old=before.get("status") == "done")
+        variables = deterministic_variables(threads) | {RUN_VARIABLE: str(desk.resolve())}
+        write_json(desk / "params.json", self.params)
+        write_json(desk / "environment.json", environment(variables, self.key_parts))
+        with _recorded(self, desk, held, _history(before)) as outcome:
+            outcome.update(_run_kernel(replace(self, run=Run(desk)), variables, timeout, progress, warm, held))
+        if outcome["status"] == "done":
+            storage.remove(previous, MANIFEST)
 
-def plan(notebook: str | Path, params: Mapping[str, Any] | None = None, *, runs: str | Path | None = None) -> Plan:
-    """What `execute` would run. Text is converted to the declared types.
+    def _say_waiting(self, holder: Holder | None) -> None:
+        print(f"waiting: {holder or 'another process'} works on {self.run.folder}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A notebook that was read, and the package as it is now: what the plans of a whole grid share.
+
+    code   sources of its code cells but the parameters, whose place among all cells is `parameters_cell`
+    """
+
+    notebook: Path
+    code: tuple[str, ...]
+    parameters: Mapping[str, parameters.Parameter]
+    parameters_cell: int
+    package: str
+
+    @classmethod
+    def read(cls, notebook: str | Path) -> Draft:
+        """Raises FileNotFoundError for a missing notebook; ValueError for a file that is none and for one without a
+        parameters cell."""
+        path = Path(notebook)
+        cells = read_cells(path)
+        tagged = [i for i, cell in enumerate(cells) if cell.kind == "code" and parameters.TAG in cell.tags]
+        if len(tagged) != 1:
+            raise ValueError(f"{path}: {len(tagged)} code cells are tagged {parameters.TAG!r}, expected one.")
+        code = tuple(cell.source for i, cell in enumerate(cells) if cell.kind == "code" and i != tagged[0])
+        return cls(path, code, parameters.declared(cells[tagged[0]].source), tagged[0], package_digest())
+
+    def plan(self, params: Mapping[str, Any] | None = None, *, runs: str | Place | None = None) -> Plan:
+        """The plan of these parameters; raises ValueError for an unknown one and for a value of the wrong type."""
+        given = dict(params or {})
+        values = parameters.merged(self.parameters, given)
+        root = default_runs() if runs is None else storage.place(runs)
+        parts = key_parts(self.code, values, self.package)
+        folder = root / checked_name(self.notebook.stem) / key_of(parts)
+        command = run_command(self.notebook.as_posix(), {name: values[name] for name in given})
+        return Plan(self.notebook, values, command, Run(folder), self.parameters_cell, parts)
+
+
+def plan(notebook: str | Path, params: Mapping[str, Any] | None = None, *, runs: str | Place | None = None) -> Plan:
+    """What `execute` would run, in the folder or at the fsspec URL `runs`. Text is converted to the declared types.
 
     Raises FileNotFoundError for a missing notebook; ValueError for a file that is none, for one without a
     parameters cell, for an unknown parameter and for a value of the wrong type.
     """
-    path, given = Path(notebook), dict(params or {})
-    cells = read_cells(path)
-    tagged = [i for i, cell in enumerate(cells) if cell.kind == "code" and parameters.TAG in cell.tags]
-    if len(tagged) != 1:
-        raise ValueError(f"{path}: {len(tagged)} code cells are tagged {parameters.TAG!r}, expected one.")
-    values = parameters.merged(parameters.declared(cells[tagged[0]].source), given)
-    code = [cell.source for i, cell in enumerate(cells) if cell.kind == "code" and i != tagged[0]]
-    root = default_runs() if runs is None else Path(runs)
-    folder = root / checked_name(path.stem) / run_key(code, values)
-    command = run_command(path.as_posix(), {name: values[name] for name in given})
-    return Plan(path, values, command, Run(folder), tagged[0])
+    return Draft.read(notebook).plan(params, runs=runs)
 
 
 def execute(
     notebook: str | Path,
     params: Mapping[str, Any] | None = None,
     *,
-    runs: str | Path | None = None,
+    runs: str | Place | None = None,
     force: bool = False,
     timeout: float | None = None,
     threads: int | None = None,
@@ -138,7 +186,9 @@ def read_cells(path: Path) -> list[Cell]:
         raise ValueError(f"{path}: not a notebook. Expected an .ipynb file of format 4.") from None
 
 
-def _run_kernel(plan: Plan, variables: dict[str, str], timeout: float | None, progress: bool) -> dict[str, Any]:
+def _run_kernel(
+    plan: Plan, variables: dict[str, str], timeout: float | None, progress: bool, warm: WarmKernels | None, held: Held
+) -> dict[str, Any]:
     """Run a planned notebook in a kernel of its own and tell the outcome: status and error."""
     from papermill.exceptions import PapermillExecutionError
 
@@ -146,10 +196,11 @@ def _run_kernel(plan: Plan, variables: dict[str, str], timeout: float | None, pr
 
     watch = Watch()
     with short_folder() as folder:
-        kernel = KernelStart(variables, Path(folder))
-        ended = supervise(lambda: _papermill(plan, kernel.manager_class, watch, progress), kernel, timeout)
+        kernel = KernelStart(variables, Path(folder), warm)
+        with held.on_loss(lambda: kernel.send(signal.SIGKILL)):
+            ended = supervise(lambda: _papermill(plan, kernel.manager_class, watch, progress), kernel, timeout)
         last_words = kernel.last_words()
-    failure = ended.failure
+    failure, start = ended.failure, {"kernel": "warm" if kernel.forked else "cold"}
     if ended.timed_out:
         error = {"kind": "out of time", "lines": [f"stopped after {timeout:g} seconds"]}
     elif watch.error:
@@ -159,15 +210,17 @@ def _run_kernel(plan: Plan, variables: dict[str, str], timeout: float | None, pr
     elif failure is not None and not isinstance(failure, PapermillExecutionError):
         error = {"kind": "runner failed", "lines": [f"{type(failure).__name__}: {failure}"]}
     else:
-        return {"status": "done"}
+        return {"status": "done"} | start
     where = {"cell": plan.source_index(watch.cell_index), "source": watch.source}
-    return {"status": "failed", "error": error | where}
+    return {"status": "failed", "error": error | where} | start
 
 
 def _papermill(plan: Plan, manager_class: type, watch: Watch, progress: bool) -> None:
     import papermill
 
-    logging.getLogger("papermill").addHandler(logging.NullHandler())  # the runner reports errors itself, once
+    logger = logging.getLogger("papermill")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())  # the runner reports errors itself, once
     papermill.execute_notebook(
         _untemplated(plan.notebook),
         _untemplated(plan.run.folder / "notebook.ipynb"),
@@ -187,14 +240,16 @@ def _untemplated(path: Path) -> str:
 
 
 @contextmanager
-def _recorded(plan: Plan, folder: Path) -> Iterator[dict[str, Any]]:
+def _recorded(plan: Plan, desk: Path, held: Held, history: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Keep the manifest true: running, then the outcome that the block fills in, or why there is none."""
     from workbench.kernel import signals_interrupt
 
-    clock, path = time.perf_counter(), folder / "manifest.json"
-    record: dict[str, Any] = {"notebook": plan.notebook.as_posix(), "command": plan.command}
+    clock, folder = time.perf_counter(), plan.run.folder
+    record: dict[str, Any] = {"notebook": plan.notebook.as_posix(), "command": plan.command, **history}
     record |= {"key": folder.name, "started": utc_now(), "pid": os.getpid(), "host": socket.gethostname()}
-    write_json(path, record | {"status": "running"})
+    record |= {"worker": os.environ.get(WORKER_VARIABLE)}
+    write_json(desk / MANIFEST, record | {"status": "running"})
+    storage.publish(desk, folder, MANIFEST)
     outcome: dict[str, Any] = {}
     try:
         with signals_interrupt():
@@ -207,29 +262,64 @@ def _recorded(plan: Plan, folder: Path) -> Iterator[dict[str, Any]]:
         raise
     finally:
         record |= {"ended": utc_now(), "seconds": round(time.perf_counter() - clock, 3)}
-        write_json(path, record | outcome | {"artefacts": _artefacts(folder)})
+        record |= {"cell_seconds": _cell_seconds(desk / "notebook.ipynb"), "artefacts": _artefacts(desk)}
+        if desk != folder:
+            write_json(desk / MANIFEST, record | outcome)  # whole on this machine, should the storage fail now
+        held.check()  # else this would overwrite what the new holder wrote
+        if desk == folder:
+            write_json(folder / MANIFEST, record | outcome)
+        else:
+            _deliver(desk, folder)
 
 
-def _fresh_folder(folder: Path, keep_old: bool) -> Path:
-    """Make `folder` empty; a done run is moved to the returned path instead of being deleted."""
+def _deliver(desk: Path, folder: Place) -> None:
+    """Move what a run left from local scratch to where runs live."""
+    storage.publish(desk, folder, MANIFEST)
+    storage.remove(desk, MANIFEST)
+
+
+def _delivered_late(folder: Place) -> bool:
+    """Whether the run of `folder` was done here before, but its storage failed at the end; now it is there."""
+    desk = storage.workplace(folder)
+    if desk == folder or Run(desk).manifest.get("status") != "done":
+        return False
+    storage.remove(folder, MANIFEST)
+    _deliver(desk, folder)
+    return True
+
+
+def _history(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Which attempt at this run comes now, and how each earlier one ended. A done run that is forced starts anew."""
+    if not manifest or manifest["status"] == "done":
+        return {"attempt": 1, "earlier": []}
+    status = "lost" if manifest["status"] == "running" else manifest["status"]  # the lease is ours: its runner is dead
+    facts = {name: manifest.get(name) for name in ("started", "ended", "host", "worker")}
+    reason = manifest.get("error", {}).get("kind", status)
+    earlier = [*manifest.get("earlier", []), {"attempt": manifest.get("attempt", 1), "reason": reason, **facts}]
+    return {"attempt": len(earlier) + 1, "earlier": earlier}
+
+
+def _fresh_folder(folder: Place, desk: Path, keep_old: bool) -> Place:
+    """Make the run's folder and the desk empty; a done run is moved to the returned place instead of being removed."""
     previous = folder.with_name(f".{folder.name}.previous")
     if keep_old:
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    elif folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+        storage.move(folder, previous, MANIFEST)
+    for old in {folder, desk}:
+        storage.remove(old, MANIFEST)
+    desk.mkdir(parents=True)
     return previous
 
 
 def _artefacts(folder: Path) -> dict[str, dict[str, Any]]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(PARTIAL))
+    paths = [path for path in storage.files(folder) if not path.name.startswith(PARTIAL) and path != folder / MANIFEST]
     return {
-        path.relative_to(folder).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-        for path in paths
-        if path != folder / "manifest.json"
+        path.relative_to(folder).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in paths
     }
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _cell_seconds(notebook: Path) -> float | None:
+    """The seconds that the cells took, without the start and the end of their kernel, as papermill wrote them."""
+    if not notebook.exists():
+        return None
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return round(sum(cell["metadata"].get("papermill", {}).get("duration") or 0.0 for cell in cells), 3)
