@@ -2,7 +2,7 @@
 # make lab       open JupyterLab on the notebooks
 # make test      run the tests                  (ARGS='-k steering' picks some)
 # make check     format, lint and types
-# make gallery   one page of every run
+# make gallery   pages of every run, to hand to colleagues
 #
 # Each sets up .venv by itself when requirements.lock or pyproject.toml changed. Needs Python 3.11 or newer and pip.
 # Paths are relative or quoted: the project may live in a folder with spaces in its name.
@@ -56,7 +56,7 @@ check: $(STAMP)
 	@$(BIN) -m pyright --pythonpath $(BIN)
 
 gallery: $(STAMP)
-	@$(BIN) -m workbench.cli runs report --all --out runs/gallery.html
+	@$(BIN) -m workbench.cli runs gallery --all --out runs/gallery
 
 $(STAMP): requirements.lock pyproject.toml $(KERNELS)
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer was found. Install one, or name it: make PYTHON=..." >&2; exit 2; }

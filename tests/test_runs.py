@@ -16,8 +16,9 @@ from workbench import storage
 from workbench.run import Run
 from workbench.runs.records import latest, matching, moment, records, spells, varying
 from workbench.runs.runs import Runs
-from workbench.runs.seeds import mean_interval, over_seeds, seeds_figure
+from workbench.runs.seeds import over_seeds, seeds_figure
 from workbench.runs.sql import Database
+from workbench.stats import mean_interval
 
 Make = Callable[..., Run]
 

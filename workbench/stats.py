@@ -2,7 +2,7 @@
 
 q_(i) = min_{k >= i} p_(k) n / k; a p-value from n permutations is (1 + #{null >= observed}) / (n + 1).
 Sources: Benjamini and Hochberg, 1995; Wilson, 1927; Efron, 1979; Phipson and Smyth, 2010 (permutation p-values);
-Hanley and McNeil, 1982 (area under the curve as a rank sum).
+Hanley and McNeil, 1982 (area under the curve as a rank sum); Student, 1908 (few draws).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import ndtri
 from scipy.stats import rankdata
+from scipy.stats import t as student
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
@@ -101,6 +102,15 @@ def bootstrap_interval(
         means, estimate = transform(means), transform(estimate)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return estimate, low, high
+
+
+def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) of independent draws by Student's t; low and high are NaN for a single draw."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.size < 2:
+        return float(values.mean()), float("nan"), float("nan")
+    half = student.ppf(0.5 + level / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
 def z_score(values: np.ndarray) -> np.ndarray:
