@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_pictures_and_commands_exist() -> None:
     for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
     for line in re.findall(r"^workbench (.+?)(?:\s+#.*)?$", README, flags=re.MULTILINE):
-        _parser().parse_args(line.split())
+        _parser().parse_args(shlex.split(line))
 
 
 def test_the_first_words_stay_short() -> None:
