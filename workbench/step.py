@@ -80,7 +80,8 @@ def read_step(
 ) -> Step:
     """The step that a decoder's arguments describe; `past` tokens of each row came in earlier forwards."""
     batch, seq = input_shape
-    flat_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+    # Prepared masks, of four dimensions or one per type of layer, tell of padding too late: positions must be given.
+    flat_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
     if flat_mask is None:
         real = torch.ones(batch, seq, dtype=torch.bool, device=device)
         positions = torch.arange(past, past + seq, device=device).expand(batch, seq)

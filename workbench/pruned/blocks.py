@@ -25,22 +25,47 @@ SLOT = "layer_idx"  # the attribute by which an attention module finds its part 
 
 
 def drop_blocks(subject: Subject, layers: Iterable[int], undo: ExitStack) -> None:
-    """Let blocks return what they get; those that are dropped already stay so.
+    """Let blocks return what they get, and close the gaps in the cache; those that are dropped already stay so.
 
-    Raises ValueError where no block, or none of a type of layer that the cache needs, would be left.
+    Raises ValueError for a block that isn't there, and where no block, or none of a type of layer that the cache
+    needs, would be left.
     """
-    for layer in sorted(set(layers)):
-        block = _block(subject, layer)
-        if not is_dropped(block):
-            stand_in(block, _passing(subject.units[layer].returns[0]), undo, silent=True)
-    if all(is_dropped(_block(subject, layer)) for layer in range(subject.n_layers)):
+    wanted = sorted(set(layers))
+    for layer in wanted:
+        if not 0 <= layer < subject.n_layers:
+            raise ValueError(f"drop: got block {layer}, but {subject.name} has blocks 0 to {subject.n_layers - 1}.")
+    bypass(subject, wanted, undo)
+    if not blocks_left(subject):
         raise ValueError(f"drop: all {subject.n_layers} blocks would be gone, expected at least one to be left.")
     number_slots(subject, undo)
 
 
+def bypass(subject: Subject, layers: Iterable[int], undo: ExitStack) -> None:
+    """Let blocks return what they get, for forwards without a cache; those that are dropped already stay so."""
+    for layer in layers:
+        block = block_of(subject, layer)
+        if not is_dropped(block):
+            stand_in(block, _passing(subject.units[layer].returns[0]), undo, silent=True)
+
+
+def blocks_left(subject: Subject) -> list[int]:
+    """The blocks that are not dropped by now."""
+    return [layer for layer in range(subject.n_layers) if not is_dropped(block_of(subject, layer))]
+
+
+def refusal(subject: Subject, layers: Iterable[int]) -> str:
+    """Why these blocks can't be dropped together, besides those that are; "" where they can."""
+    with ExitStack() as undo:
+        try:
+            drop_blocks(subject, layers, undo)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
 def attention_off(subject: Subject, units: LayerUnits, undo: ExitStack) -> None:
     """Let the attention of one block add nothing but the bias of its output."""
-    block = _block(subject, units.layer)
+    block = block_of(subject, units.layer)
     bias = block.get_submodule(units.heads_out)._parameters.get("bias")
     stand_in(block.get_submodule(units.attention), _saying(bias, units.returns[1]), undo, silent=True)
     number_slots(subject, undo)
@@ -48,7 +73,7 @@ def attention_off(subject: Subject, units: LayerUnits, undo: ExitStack) -> None:
 
 def mlp_off(subject: Subject, units: LayerUnits, undo: ExitStack) -> None:
     """Let the MLP of one block add nothing but the bias of its output."""
-    block = _block(subject, units.layer)
+    block = block_of(subject, units.layer)
     assert units.down is not None
     bias = block.get_submodule(units.down)._parameters.get("bias")
     stand_in(block.get_submodule(units.down.rpartition(".")[0]), _saying(bias, None), undo, silent=True)
@@ -80,6 +105,11 @@ def number_slots(subject: Subject, undo: ExitStack) -> None:
             attention = attention_of(subject.model, subject.anatomy, layer)
             if vars(attention).get(SLOT, slot) != slot:
                 swap(attention, SLOT, slot, undo)
+
+
+def block_of(subject: Subject, layer: int) -> nn.Module:
+    """One block."""
+    return subject.model.get_submodule(f"{subject.anatomy.blocks}.{layer}")
 
 
 def attention_of(model: nn.Module, anatomy: Anatomy, layer: int) -> nn.Module:
@@ -133,7 +163,3 @@ def _saying(bias: Tensor | None, returns: int | None) -> Callable[[Callable[...,
 
 def _as_returned(value: Tensor, returns: int | None) -> Any:
     return value if returns is None else (value, *[None] * (returns - 1))
-
-
-def _block(subject: Subject, layer: int) -> nn.Module:
-    return subject.model.get_submodule(f"{subject.anatomy.blocks}.{layer}")

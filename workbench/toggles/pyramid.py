@@ -25,6 +25,7 @@ from workbench.cache.layer import KVLayer, View
 from workbench.cache.stages import KVCache, use_stage
 from workbench.methods.cache.pyramid_lengths import Schedule, going_on, lengths, newest, rates, row_weights, thinned
 from workbench.methods.cache.scorers import random
+from workbench.pruned.blocks import blocks_of_slots
 from workbench.step import Step
 from workbench.toggle import Toggle
 
@@ -170,6 +171,7 @@ class Pyramid:
     going     of the layer under way: (batch, kept) columns that go on, right-aligned, and where these are real
     columns   (batch, kept) columns of the whole forward that the next layer receives; None: all of them
     whole     the step of the whole forward
+    acting    the blocks that attend, in order: others may be dropped, and a block's budget is that of its own number
     """
 
     settings: PyramidInfer
@@ -178,6 +180,10 @@ class Pyramid:
     going: tuple[Tensor, Tensor] | None = None
     columns: Int[Tensor, "batch kept"] | None = None
     whole: Step | None = None
+    acting: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.acting = list(range(self.subject.n_layers))
 
     # The select stage
 
@@ -189,7 +195,7 @@ class Pyramid:
         """In the prompt's forward, note who goes on and drop nothing; later, thin generated tokens."""
         if not view.first:
             return None if self.settings.generated is None else self._thin(view)
-        if view.layer == 0:
+        if view.layer == self.acting[0]:
             counts = view.step.real.sum(1)
             self.plans = [self.settings.lengths(n, self.subject.n_layers) for n in counts.tolist()]
         prompt = [plan[0] for plan in self.plans]
@@ -200,9 +206,11 @@ class Pyramid:
         return torch.ones_like(view.slots.positions, dtype=torch.bool)  # so that the clock of thinning starts here
 
     def _choose(self, view: View) -> None:
-        if view.layer + 1 == self.subject.n_layers:
+        deeper = self.acting[self.acting.index(view.layer) + 1 :]
+        if not deeper:
             return
-        now, then = ([plan[layer] for plan in self.plans] for layer in (view.layer, view.layer + 1))
+        received = 0 if view.layer == self.acting[0] else view.layer  # the first one receives every token
+        now, then = ([plan[layer] for plan in self.plans] for layer in (received, deeper[0]))
         if now == then:
             return
         device, real = view.query.device, view.step.real.to(view.query.device)
@@ -217,8 +225,8 @@ class Pyramid:
         column = (~real).int().argsort(dim=1, stable=True)  # of each slot: padding took none
         self.going = column.gather(1, last), chosen.gather(1, last)
         token = sum(tensor[0, :, 0].nbytes for tensor in view.slots.tensors)  # bytes in one layer
-        dropped, deeper = sum(now) - sum(then), self.subject.n_layers - 1 - view.layer
-        self.subject.stages.acted("select", dropped, dropped * token * deeper)
+        dropped = sum(now) - sum(then)
+        self.subject.stages.acted("select", dropped, dropped * token * len(deeper))
 
     def _prompt_scores(self, view: View) -> Float[Tensor, "batch slot"]:
         """Sum over the newest rows of their weight times the attention that a token got, averaged over heads."""
@@ -283,6 +291,7 @@ class Pyramid:
 
     def begin(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.going = self.columns = self.whole = None
+        self.acting = sorted(blocks_of_slots(self.subject.model, self.subject.anatomy).values())
         config: Any = trunk.config
         wanted = kwargs.get("output_hidden_states")
         wanted = config.output_hidden_states if wanted is None else wanted
