@@ -78,6 +78,12 @@ class ToggleStack:
                     raise ValueError(
                         f"under: {part} and {other} both claim {claim!r}; only one can act. Leave one out."
                     )
+                for other in self.active:
+                    if part.precedes & other.claims:
+                        raise ValueError(
+                            f"under: {other} is made for layers as they stand, which {part} changes. "
+                            f"Write it after: {part} | {other}."
+                        )
                 mine.append(_Installed(part, Receipt(part)))
                 self._install(mine[-1])
             yield

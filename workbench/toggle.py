@@ -29,11 +29,13 @@ class Toggle(ABC):
     claims   exclusive resources ("kv.select", "kv.store", "ffn.width", ...); two toggles that share a claim
              can't be active together.
     values   dataclasses that its fields may hold, besides Site, Direction and other toggles
+    precedes claims of toggles that are made for layers as they stand: this one changes layers, so it must act before
     in_weights   whether all that it does lies in the model's weights, so that a file can hold it
     """
 
     claims: ClassVar[frozenset[str]] = frozenset()
     values: ClassVar[tuple[type, ...]] = ()
+    precedes: ClassVar[frozenset[str]] = frozenset()
     in_weights: ClassVar[bool] = False
 
     @abstractmethod

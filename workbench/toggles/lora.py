@@ -38,6 +38,7 @@ class LoRA(Toggle):
     strength: float = 1.0
 
     values: ClassVar[tuple[type, ...]] = (Weights,)
+    precedes: ClassVar[frozenset[str]] = frozenset({"ffn.experts"})
     in_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ class Prune(Toggle):
     form: Form = "slice"
 
     values: ClassVar[tuple[type, ...]] = (Plan, LayerPlan, Shape)
+    precedes: ClassVar[frozenset[str]] = frozenset({"kv.project", "ffn.experts"})
     in_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -42,7 +43,6 @@ class Prune(Toggle):
 
     def install(self, subject: Subject, undo: ExitStack) -> None:
         plan = self.plan.for_subject(subject)
-        _check_order(subject)
         before = parameter_bytes(subject)
         for layer, kept in plan.layers:
             if layer not in plan.dropped:
@@ -73,12 +73,3 @@ class Prune(Toggle):
 
     def __str__(self) -> str:
         return f"Prune({self.plan}{'' if self.form == 'slice' else ', masked'})"
-
-
-def _check_order(subject: Subject) -> None:
-    """A toggle that was made for the whole layers can't act before they are cut."""
-    for toggle in subject.active[:-1]:
-        for claim in sorted(toggle.claims & {"kv.project", "ffn.experts"}):
-            raise ValueError(
-                f"Prune: {toggle} acts on {claim} of whole layers. Write it after the pruning: Prune(...) | {toggle}."
-            )
