@@ -1,6 +1,6 @@
 # make demo      run the first two notebooks on the shipped model and write one page of what they found
 # make lab       open JupyterLab on the notebooks
-# make test      run the tests                  (ARGS='-k steering' picks some)
+# make test      run the tests, several at a time (ARGS='-k steering' picks some; JOBS=0: one by one)
 # make check     format, lint and types
 # make gallery   pages of every run, to hand to colleagues
 #
@@ -10,6 +10,7 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin/python
+JOBS ?= auto
 PIP := $(BIN) -m pip --disable-pip-version-check --quiet install
 STAMP := .venv/installed
 KERNELS := $(wildcard kernels/workbench_kernels/__init__.py)
@@ -46,8 +47,9 @@ lab: $(STAMP)
 	@$(BIN) -m workbench.cli lab
 
 test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
-	@$(BIN) -m pytest $(ARGS)
+	@$(BIN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 check: $(STAMP)
