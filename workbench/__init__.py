@@ -24,33 +24,54 @@ if TYPE_CHECKING:
     from workbench.probe import Probe
     from workbench.probes.answer_rates import AnswerRates
     from workbench.probes.bit_search import BitSearch, search_bits
+    from workbench.probes.block_influence import BlockInfluence
     from workbench.probes.cache_loss import CacheFrontier, CacheLoss, frontier
+    from workbench.probes.co_firing import CoFiring
     from workbench.probes.cost import Cost
     from workbench.probes.counterfactual import Counterfactual
     from workbench.probes.deactivation import Deactivation
     from workbench.probes.direction_search import DirectionSearch
+    from workbench.probes.ffn_saturation import FFNSaturation
     from workbench.probes.hftp import HFTP
     from workbench.probes.latent_language import LatentLanguage
+    from workbench.probes.layer_menu import LayerMenu
     from workbench.probes.logit_lens import LogitLens
     from workbench.probes.neuron_tokens import NeuronTokens
+    from workbench.probes.pruning_curve import PruningCurve
+    from workbench.probes.pruning_scores import PruningScores
+    from workbench.probes.recovery import Recovery
     from workbench.probes.relation_neurons import RelationNeurons
     from workbench.probes.snmf import SNMF
+    from workbench.probes.sparsity import SparsityLoss
     from workbench.probes.steering_map import SteeringMap, steering_map
     from workbench.probes.token_attribution import TokenAttribution
+    from workbench.pruned.bitmap import load_bitmap, save_bitmap
+    from workbench.pruned.exported import export, load_pruned, plan_now
+    from workbench.pruned.plan import LayerPlan, Plan
+    from workbench.pruned.weights import Weights
     from workbench.result import Result
     from workbench.run import Run
+    from workbench.runs.runs import Runs
     from workbench.site import Site, sites
     from workbench.strength import strength_for_kl
     from workbench.subject import Subject
     from workbench.toggle import Toggle
+    from workbench.toggles.carve_moe import CarveMoE
     from workbench.toggles.clustered import ClusteredSteer
     from workbench.toggles.conditional import Condition, ConditionalSteer
+    from workbench.toggles.drop_blocks import DropBlocks
     from workbench.toggles.evict import EvictKV
+    from workbench.toggles.fuse_blocks import FuseBlocks
+    from workbench.toggles.lora import LoRA
     from workbench.toggles.lowrank import LowRankKV
+    from workbench.toggles.prune import Prune
     from workbench.toggles.pyramid import PyramidInfer
     from workbench.toggles.quantize import QuantizeKV
+    from workbench.toggles.skip_ffn import SkipFFN
+    from workbench.toggles.sparsify import Sparsify
     from workbench.toggles.steer import Clamp, ProjectOut, Steer
     from workbench.toggles.weighted import WeightedSteer
+    from workbench.warm import WarmKernels
     from workbench.widgets.explore import explore
 
 _HOME = {
@@ -108,6 +129,31 @@ _HOME = {
     "strength_for_kl": "strength",
     "agreement": "methods.neurons.label_agreement",
     "explore": "widgets.explore",
+    "Runs": "runs.runs",
+    "WarmKernels": "warm",
+    "Prune": "toggles.prune",
+    "Plan": "pruned.plan",
+    "LayerPlan": "pruned.plan",
+    "export": "pruned.exported",
+    "load_pruned": "pruned.exported",
+    "plan_now": "pruned.exported",
+    "Weights": "pruned.weights",
+    "LoRA": "toggles.lora",
+    "Recovery": "probes.recovery",
+    "LayerMenu": "probes.layer_menu",
+    "PruningScores": "probes.pruning_scores",
+    "PruningCurve": "probes.pruning_curve",
+    "DropBlocks": "toggles.drop_blocks",
+    "FuseBlocks": "toggles.fuse_blocks",
+    "BlockInfluence": "probes.block_influence",
+    "SkipFFN": "toggles.skip_ffn",
+    "CarveMoE": "toggles.carve_moe",
+    "FFNSaturation": "probes.ffn_saturation",
+    "CoFiring": "probes.co_firing",
+    "Sparsify": "toggles.sparsify",
+    "SparsityLoss": "probes.sparsity",
+    "save_bitmap": "pruned.bitmap",
+    "load_bitmap": "pruned.bitmap",
 }
 
 __all__ = [
@@ -116,10 +162,13 @@ __all__ = [
     "AnswerRates",
     "BitPlan",
     "BitSearch",
+    "BlockInfluence",
     "CacheFrontier",
     "CacheLoss",
+    "CarveMoE",
     "Clamp",
     "ClusteredSteer",
+    "CoFiring",
     "Condition",
     "ConditionalSteer",
     "Contrast",
@@ -129,36 +178,58 @@ __all__ = [
     "Dice",
     "Direction",
     "DirectionSearch",
+    "DropBlocks",
     "Edit",
     "EvictKV",
+    "FFNSaturation",
+    "FuseBlocks",
     "LatentLanguage",
+    "LayerMenu",
+    "LayerPlan",
+    "LoRA",
     "LogitLens",
     "LowRankKV",
     "NeuronTokens",
+    "Plan",
     "Probe",
     "ProjectOut",
+    "Prune",
+    "PruningCurve",
+    "PruningScores",
     "PyramidInfer",
     "QuantizeKV",
+    "Recovery",
     "RelationNeurons",
     "Result",
     "RetainingHeads",
     "Run",
+    "Runs",
     "Site",
+    "SkipFFN",
+    "Sparsify",
+    "SparsityLoss",
     "Steer",
     "SteeringMap",
     "Subject",
     "Target",
     "Toggle",
     "TokenAttribution",
+    "WarmKernels",
     "WeightedSteer",
+    "Weights",
     "agreement",
     "contrastive_pairs",
     "difference_in_means",
     "explore",
+    "export",
     "frontier",
     "grains_direction",
+    "load_bitmap",
+    "load_pruned",
+    "plan_now",
     "principal_direction",
     "random_direction",
+    "save_bitmap",
     "search_bits",
     "single_pair",
     "sites",
