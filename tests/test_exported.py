@@ -182,3 +182,7 @@ def test_weights_are_a_value_by_name_and_bits(tmp_path) -> None:
         Weights.load(tmp_path / "absent")
     with pytest.raises(ValueError, match="expected tensors or the path"):
         Weights()
+    with pytest.raises(ValueError, match="a is 1, expected a tensor"):
+        Weights({"a": 1})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="got 'plan', expected a Plan"):
+        Prune("plan")  # type: ignore[arg-type]

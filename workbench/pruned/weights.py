@@ -36,6 +36,9 @@ class Weights(Mapping[str, Tensor]):
         if (self.given is None) == (not self.path):
             raise ValueError("Weights: expected tensors or the path of a file. Use Weights(tensors) or Weights.load.")
         if self.given is not None:
+            for name, tensor in self.given.items():
+                if not isinstance(tensor, Tensor):
+                    raise ValueError(f"Weights: {name} is {tensor!r:.40}, expected a tensor.")
             held = {str(name): tensor.detach().cpu().clone() for name, tensor in sorted(self.given.items())}
             object.__setattr__(self, "given", held)
             object.__setattr__(self, "digest", _digest(held))

@@ -38,6 +38,8 @@ class Prune(Toggle):
     in_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.plan, Plan):
+            raise ValueError(f"Prune: got {self.plan!r:.60}, expected a Plan: Plan.of(subject, ...) or Plan.load(path).")
         if self.form not in ("mask", "slice"):
             raise ValueError(f"Prune: got form {self.form!r}, expected 'slice' or 'mask'.")
 
