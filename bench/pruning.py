@@ -3,7 +3,7 @@
     python bench/pruning.py
 
 feed-forward   one layer of width d x d_mlp with half of its neurons, chosen at random, at 1 to 512 tokens
-model          8 blocks of 512: prompt of 8 x 128 tokens, then 32 tokens; with half of the neurons, half of the
+model          8 blocks of 512: prompt of 4 x 128 tokens, then 16 tokens; with half of the neurons, half of the
                key/value heads, two blocks, and all three; parameters that act, cache bytes after the prompt, the
                same model exported and loaded again
 Where masked / dense leaves [0.9, 1.1], the machine is too noisy for that row and no ratio is printed.
@@ -38,7 +38,7 @@ WIDTHS = ((256, 704), (512, 1408), (1024, 2816))
 TOKENS = (1, 16, 128, 512)
 ROUNDS = 15
 NOISE = (0.9, 1.1)  # of masked over dense: both do the same work
-ROWS, PROMPT, NEW = 8, 128, 32
+ROWS, PROMPT, NEW = 4, 128, 16
 
 
 def layer_subject(d_model: int, d_mlp: int) -> Subject:
@@ -151,7 +151,7 @@ def model_rows() -> list[dict[str, object]]:
                 "sliced": partial(run, loaded, ids),
                 "toggled": partial(under, "slice", run),
             }
-            row = told(what, name, ROWS * PROMPT, medians(rivals, 7), 1)
+            row = told(what, name, ROWS * PROMPT, medians(rivals, 5), 1)
             row |= {"parameter_bytes": held, "dense_parameter_bytes": parameter_bytes(subject)}
             rows.append(row | {"cache_bytes": cache, "dense_cache_bytes": whole})
         print(

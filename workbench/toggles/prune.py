@@ -39,7 +39,7 @@ class Prune(Toggle):
 
     def __post_init__(self) -> None:
         if not isinstance(self.plan, Plan):
-            raise ValueError(f"Prune: got {self.plan!r:.60}, expected a Plan: Plan.of(subject, ...) or Plan.load(path).")
+            raise ValueError(f"Prune: got {self.plan!r:.60}, expected a Plan, as Plan.of(subject, ...) makes one.")
         if self.form not in ("mask", "slice"):
             raise ValueError(f"Prune: got form {self.form!r}, expected 'slice' or 'mask'.")
 
