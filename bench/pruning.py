@@ -161,7 +161,8 @@ def model_rows() -> list[dict[str, object]]:
 
 
 def main() -> None:
-    print(f"{torch.get_num_threads()} threads on {machine()['cores']} cores; sliced: the exported model, loaded again")
+    torch.set_num_threads(1)  # several that share a busy machine wait for each other and hide every difference
+    print(f"{torch.get_num_threads()} thread on {machine()['cores']} cores; sliced: the exported model, loaded again")
     record("pruning", feed_forward_rows() + model_rows())
 
 

@@ -10,6 +10,9 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before any import of torch: its threads should not spin
 
+if not Path("/dev/nvidia0").exists():  # before any import of triton: without a GPU its kernels run in the interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub: no test may use the network
 
 ROOT = Path(__file__).parents[1]

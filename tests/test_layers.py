@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SUBJECT = {"subject", "capture", "card", "generation", "loading", "reading", "remote", "stack", "step", "tokens"}
+CACHES = {"cache", "fused", "pruned"}
 LAYERS = (  # from the top; a name stands for the module and, for a folder, for everything in it
     {"cli"},
     {"widgets"},
@@ -21,7 +22,7 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
     {"probes"},
     {"toggles"},
     {"methods"},
-    {"toggle", "probe", "result", "directions", "strength", "cache", "pruned", "memory", "unembedding"} | SUBJECT,
+    {"toggle", "probe", "result", "directions", "strength", "memory", "unembedding"} | SUBJECT | CACHES,
     {
         "anatomy",
         "swap",
@@ -54,6 +55,7 @@ ONLY_IN = {  # a library, and the only places that may import it
     "distributed": {"sweep"},
     "dask_jobqueue": {"sweep"},
     "duckdb": {"runs"},
+    "workbench_kernels": {"fused"},
     "fsspec": {"storage"},
     "upath": {"storage"},
     "transformers": {"discovery", "cache", "organism", "pruned"} | SUBJECT,

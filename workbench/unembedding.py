@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from workbench import fused
 from workbench.anatomy import add_tap
 from workbench.site import Site
 
@@ -133,10 +134,13 @@ def top_tokens(
     """(scores, ids) of the k rows with the largest product with each vector; ties go to the smaller id.
 
     negated   also those of each vector times -1, from the same products: both answers are then (2, n, k)
-    Streams over the vocabulary and the vectors: never more than (at_once, chunk) products at a time.
+    Streams over the vocabulary and the vectors: never more than (at_once, chunk) products at a time; on CUDA none.
     """
     if not 1 <= k <= (rows.shape[0] if allowed is None else int(allowed.sum())):
         raise ValueError(f"top_tokens: got k={k}, expected 1 to the number of tokens, {rows.shape[0]}.")
+    by_kernel = fused.top_tokens(vectors, rows, k, allowed=allowed, negated=negated)
+    if by_kernel is not None:
+        return by_kernel
     scores = vectors.new_empty((1 + negated, len(vectors), k))
     ids = torch.empty(scores.shape, dtype=torch.long, device=vectors.device)
     for first in range(0, len(vectors), at_once):

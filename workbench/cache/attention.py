@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from workbench import fused
 from workbench.cache.segments import Slots
 
 if TYPE_CHECKING:
@@ -55,8 +56,12 @@ def attend_in_blocks(
 ) -> Float[Tensor, "batch head 1 d_head"]:
     """What `attend` gives for one query that sees every token of `parts`, read a block at a time: keys, then values.
 
-    In float32. Packed parts are never whole in memory: O(slot) numbers for the weights, and one block.
+    In float32. Packed parts are never whole in memory: O(slot) numbers for the weights, and one block; on CUDA a kernel
+    reads the codes themselves.
     """
+    by_kernel = fused.attention(query, parts, kv_heads, scaling=scaling, soft_cap=soft_cap)
+    if by_kernel is not None:
+        return by_kernel
     batch, heads, _, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
     packed = query.float().reshape(batch, kv_heads, heads // kv_heads, width) * scale

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench import fused
 from workbench.cache.held import held_bytes
 from workbench.cache.layer import KVLayer
 from workbench.cache.packing import dequantise, pack_planes, quantise, unpack_planes, unpack_planes_into
@@ -157,6 +158,8 @@ def pack_keys(keys: Float[Tensor, "unit token width"], form: Format) -> tuple[Te
     """Groups of `form.group` tokens of one channel; step and base (unit, token / group, width)."""
     if form.key_bits == WHOLE:
         return (keys,)
+    if fused.serves(keys):
+        return fused.packed(keys, form.key_bits, "keys", form.group)
     grouped = keys.unflatten(1, (-1, form.group)).transpose(2, 3)  # (unit, group number, width, group)
     codes, step, base = quantise(grouped, form.key_bits)
     rows = pack_planes(codes.transpose(2, 3).flatten(1, 2), form.key_bits, form.group)
@@ -176,6 +179,8 @@ def pack_values(values: Float[Tensor, "unit token width"], form: Format) -> tupl
     """Groups of `form.group` channels of one token; step and base (unit, token, width / group)."""
     if form.value_bits == WHOLE:
         return (values,)
+    if fused.serves(values):
+        return fused.packed(values, form.value_bits, "values", form.group)
     codes, step, base = quantise(values.unflatten(2, (-1, _channels(values.shape[2], form))), form.value_bits)
     return pack_planes(codes.flatten(2), form.value_bits, form.group), step.squeeze(-1), base.squeeze(-1)
 

@@ -24,7 +24,8 @@ def quantise(x: Float[Tensor, "... group"], bits: int) -> tuple[Tensor, Tensor, 
     wide = x.float()
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
     top = 2**bits - 1
-    step, base = ((high - low) / top).half(), low.half()
+    # By a tensor: CUDA would multiply by the reciprocal of a number, and round otherwise than the CPU.
+    step, base = ((high - low) / torch.full((), float(top), device=x.device)).half(), low.half()
     if not bool((torch.isfinite(step) & torch.isfinite(base)).all()):
         raise ValueError(
             "QuantizeKV: got NaN, infinity or a value beyond 65504 among keys or values, expected finite numbers. "

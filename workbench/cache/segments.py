@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from workbench import fused
+
 PARTS = ("keys", "values", "scores")  # what the tensors of a segment are, in order
 GROWTH = 1.125  # a full buffer grows by an eighth: appends cost O(1) on average, and at most an eighth lies idle
 
@@ -169,6 +171,8 @@ class Frozen:
     @classmethod
     def chosen(cls, slots: Slots, keep: Bool[Tensor, "batch kv_head slot"]) -> Frozen:
         """The tokens where `keep` is true, copied into storage of their own, in order."""
+        if fused.serves(*slots.tensors):
+            return cls(*fused.chosen(slots, keep))
         positions = slots.positions.expand_as(keep)[keep].to(torch.int32)
         return cls(tuple(tensor[keep] for tensor in slots.tensors), positions, keep.sum(-1))
 
