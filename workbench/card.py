@@ -139,7 +139,7 @@ def _edits(subject: Subject, ids: Tensor) -> list[Check]:
         layers = [
             layer
             for layer, places in enumerate(subject.anatomy.places)
-            if kind in places and has_units(subject.model, subject.anatomy, Site(layer, kind))
+            if kind in places and has_units(subject.model, subject.anatomy, Site(layer, kind))  # type: ignore[arg-type]
         ]
         if layers:
             site = Site(layers[len(layers) // 2], kind)  # type: ignore[arg-type]
