@@ -296,7 +296,7 @@ def test_skipping_wraps_around_carved_blocks() -> None:
             said.append(subject.model(input_ids=IDS, use_cache=False).logits)
             assert subject.receipts[1].tokens > 0
     torch.testing.assert_close(said[0], said[1], rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="Write it after the carving"):
+    with pytest.raises(ValueError, match="Write it after: CarveMoE"):
         logits(subject, skip | carved("llama"))
 
 

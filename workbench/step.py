@@ -154,6 +154,11 @@ class StepWatch:
         finally:
             self._prompt_lengths = before
 
+    @property
+    def told(self) -> bool:
+        """Whether someone said whose prompts the forwards bring, as `Subject.generate` does."""
+        return self._prompt_lengths is not None
+
     def read(self, given: Mapping[str, Any], conditions: Any) -> Step:
         """The step of a forward with these arguments."""
         ids = given.get("input_ids")

@@ -32,7 +32,7 @@ from workbench.pruned.units import LayerUnits, find_units
 from workbench.reading import Decide, Pooling, PromptReading
 from workbench.site import Site
 from workbench.stack import Edit, Rule, ToggleStack
-from workbench.step import Step
+from workbench.step import Step, StepWatch
 from workbench.tokens import Batch, Texts, Tokens, batches, left_pad, right_pad, tokenize
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ class Subject:
         even = self.stages.chunk is not None  # a prompt read in chunks: padding would shift where they end
         groups = batches([length + max_new_tokens for length in made.lengths], batch, even=even)
         for one in (left_pad(made.ids, group, pad=self.pad_id, device=self.device) for group in groups):
-            with self._stack.watch.prompts(torch.tensor([prompt_tokens[row] for row in one.rows], device=self.device)):
+            with self.watch.prompts(torch.tensor([prompt_tokens[row] for row in one.rows], device=self.device)):
                 tokens = continue_batch(
                     functools.partial(self._next_logits, use_cache),
                     one,
@@ -355,14 +355,19 @@ class Subject:
         return self._stack.receipts[-1]
 
     @property
+    def watch(self) -> StepWatch:
+        """What notes the step of every forward while toggles act: to hear of it, or to tell whose prompt it brings."""
+        return self._stack.watch
+
+    @property
     def step(self) -> Step | None:
         """Logical positions and padding of the forward under way; None while no toggle acts."""
-        return self._stack.watch.step if self._stack.active else None
+        return self.watch.step if self._stack.active else None
 
     @step.setter
     def step(self, step: Step) -> None:
         """Until the next forward begins: for a toggle that lets fewer tokens go on to the next layer."""
-        self._stack.watch.step = step
+        self.watch.step = step
 
     @functools.cached_property
     def units(self) -> tuple[LayerUnits, ...]:
@@ -461,7 +466,7 @@ class Subject:
                 "continuation of it (CacheLoss)."
             )
         output, logits = None, []
-        with self._stack.watch.prompts(batch.mask.sum(1)), self._stack.watch.texts(**self._arguments(batch)):
+        with self.watch.prompts(batch.mask.sum(1)), self.watch.texts(**self._arguments(batch)):
             for piece in batch.pieces(self.stages.piece):
                 cache = output.past_key_values if output is not None else None
                 output = self._at_once(piece, **options | {"use_cache": True, "past_key_values": cache})
@@ -477,7 +482,7 @@ class Subject:
         chunk = self.stages.chunk if cache is None else None  # the short chunk first: scorers look at the last one
         with ExitStack() as undo:
             if chunk is not None:
-                undo.enter_context(self._stack.watch.texts(**self._arguments(whole)))
+                undo.enter_context(self.watch.texts(**self._arguments(whole)))
             for piece in [whole] if chunk is None else whole.pieces(chunk, short_first=True):
                 output = self._forward(piece, use_cache=use_cache, past_key_values=cache, logits_to_keep=1)
                 cache = output.past_key_values if use_cache else None

@@ -48,6 +48,7 @@ class CarveMoE(Toggle):
     model: str | None = None
 
     claims: ClassVar[frozenset[str]] = frozenset({"ffn.experts"})
+    precedes: ClassVar[frozenset[str]] = frozenset({"ffn.skip"})
     values: ClassVar[tuple[type, ...]] = (Experts,)
 
     def __post_init__(self) -> None:
@@ -110,11 +111,6 @@ class CarveMoE(Toggle):
                 f"{self}: was carved on model {self.model}, but {subject.name} is {subject.fingerprint}. "
                 "Carve it again."
             )
-        for toggle in subject.active[:-1]:
-            if "ffn.skip" in toggle.claims:
-                raise ValueError(
-                    f"CarveMoE: {toggle} skips whole blocks. Write it after the carving: carved | {toggle}."
-                )
         for experts in self.layers:
             subject.anatomy.place(Site(experts.layer, "neurons"))
         here = [experts for experts in self.layers if not _is_off(subject, experts.layer)]

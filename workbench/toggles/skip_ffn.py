@@ -95,7 +95,7 @@ class SkipFFN(Toggle):
         if reason:
             raise ValueError(f"SkipFFN: feed-forward blocks of {subject.name} can't be skipped: {reason}.")
         skipping = _Skipping(self, subject, subject.receipt)
-        watch = subject._stack.watch
+        watch = subject.watch
         watch.before.append(skipping.begin)
         undo.callback(watch.before.remove, skipping.begin)
         for layer in layers:
@@ -278,7 +278,7 @@ def _is_read(subject: Subject, given: Mapping[str, Any]) -> bool:
 
     Under toggles on caches such texts come token by token, as the prompts of `generate` come in chunks.
     """
-    watch, chunk = subject._stack.watch, subject.stages.chunk
+    watch, chunk = subject.watch, subject.stages.chunk
     if watch.whole is not None:
         if chunk == 1:
             raise ValueError("SkipFFN: with chunk=1, prompts can't be told from texts that are read. Take chunk=2.")
@@ -286,7 +286,7 @@ def _is_read(subject: Subject, given: Mapping[str, Any]) -> bool:
         return chunk is None or tokens.shape[1] == 1  # a chunk of one holds the first token, which never skips
     cached = given.get("use_cache")
     cached = subject.model.config.get_text_config().use_cache if cached is None else cached
-    return watch._prompt_lengths is None and not cached and given.get("past_key_values") is None
+    return not watch.told and not cached and given.get("past_key_values") is None
 
 
 def _entry_and_exit(subject: Subject, layer: int) -> tuple[nn.Module, nn.Module]:

@@ -60,7 +60,7 @@ def _read(texts: list[Text], subject: Subject, unseen: int) -> Iterator[Reading]
     outputs: dict[int, list[Tensor]] = {layer: [] for layer in range(subject.n_layers)}
     cache: Any = None
     with ExitStack() as undo:
-        undo.enter_context(subject._stack.watch.prompts(torch.full((len(texts),), n_prompt)))
+        undo.enter_context(subject.watch.prompts(torch.full((len(texts),), n_prompt)))
         for piece in _pieces(seen, subject.stages.chunk):
             output = _forward(subject, ids[:, piece], cache)
             cache = output.past_key_values

@@ -155,7 +155,7 @@ def forward_embedded(
         "use_cache": False,
         "logits_to_keep": logits_to_keep,
     }
-    with subject._stack.watch.prompts(torch.tensor([prompts.shape[1]])):
+    with subject.watch.prompts(torch.tensor([prompts.shape[1]])):
         return subject.model(
             inputs_embeds=whole, **{name: value for name, value in arguments.items() if name in subject.accepts}
         ).logits
