@@ -122,7 +122,7 @@ def slurm_settings(queue: str, gpu: bool) -> dict[str, Any]:
     Account, memory, time and the like come from `~/.config/dask/jobqueue.yaml`; 4 CPUs and 16 GB unless it says
     otherwise. Its `walltime` should hold several runs: a run whose job ends is made again by another.
     """
-    import dask_jobqueue  # noqa: F401  # loads the defaults that are looked up here
+    import dask_jobqueue  # noqa: F401  # loads the defaults that are looked up here  # pyright: ignore[reportMissingImports]
     from dask import config
 
     configured = config.get("jobqueue.slurm")
@@ -161,7 +161,7 @@ def _local_cluster(n_workers: int, gpu: bool) -> Any:
 
 
 def _slurm_cluster(where: Where, n_jobs: int) -> Any:
-    from dask_jobqueue.slurm import SLURMCluster
+    from dask_jobqueue.slurm import SLURMCluster  # pyright: ignore[reportMissingImports]
 
     cluster = SLURMCluster(**slurm_settings(str(where.slurm), where.gpus > 0))
     cluster.scale(jobs=n_jobs)
