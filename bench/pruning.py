@@ -144,18 +144,24 @@ def model_rows() -> list[dict[str, object]]:
                 run(subject, ids)
 
         masked = Plan(plan.shape, plan.layers)  # a dropped block can't be masked
-        for what, run in (("prefill", read), ("prefill + decode", write)):
+        seconds = {}
+        for what, run in (("prompt", read), ("and 16 tokens", write)):
             rivals: dict[str, Callable[[], object]] = {
                 "dense": partial(run, subject, ids),
                 "masked": partial(under, "mask", run, masked),
                 "sliced": partial(run, loaded, ids),
                 "toggled": partial(under, "slice", run),
             }
-            row = told(what, name, ROWS * PROMPT, medians(rivals, 5), 1)
+            seconds[what] = medians(rivals, 5)
+            row = told(what, name, ROWS * PROMPT, seconds[what], 1)
             row |= {"parameter_bytes": held, "dense_parameter_bytes": parameter_bytes(subject)}
             rows.append(row | {"cache_bytes": cache, "dense_cache_bytes": whole})
+        prompt, all_of_it = seconds["prompt"], seconds["and 16 tokens"]
+        speed = {form: ROWS * NEW / (all_of_it[form] - prompt[form]) for form in ("dense", "sliced")}
+        rows[-1] |= {f"{form}_tokens_per_second": value for form, value in speed.items()}
         print(
-            f"{'':<13}{name:<22} parameters {held / parameter_bytes(subject):.2f}, cache {cache / whole:.2f} of dense"
+            f"{'':<13}{name:<22} parameters {held / parameter_bytes(subject):.2f}, cache {cache / whole:.2f} of dense; "
+            f"{speed['dense']:.0f} -> {speed['sliced']:.0f} tokens per second after the prompt"
         )
     return rows
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workbench import parameters, storage
+from workbench import keys, parameters, storage
 from workbench.environment import deterministic_variables, environment
 from workbench.files import PARTIAL, sha256_of, write_json
 from workbench.folder import (
@@ -32,7 +32,7 @@ from workbench.folder import (
     run_command,
     utc_now,
 )
-from workbench.keys import key_of, key_parts, package_digest
+from workbench.keys import key_of, key_parts
 from workbench.leases import Held, Holder, LeaseLost, lease
 from workbench.storage import Place
 
@@ -130,7 +130,7 @@ class Draft:
         if len(tagged) != 1:
             raise ValueError(f"{path}: {len(tagged)} code cells are tagged {parameters.TAG!r}, expected one.")
         code = tuple(cell.source for i, cell in enumerate(cells) if cell.kind == "code" and i != tagged[0])
-        return cls(path, code, parameters.declared(cells[tagged[0]].source), tagged[0], package_digest())
+        return cls(path, code, parameters.declared(cells[tagged[0]].source), tagged[0], keys.package_digest())
 
     def plan(self, params: Mapping[str, Any] | None = None, *, runs: str | Place | None = None) -> Plan:
         """The plan of these parameters; raises ValueError for an unknown one and for a value of the wrong type."""
