@@ -22,7 +22,7 @@ RAN: dict[str, int] = {}
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where kernels run in this session: a CUDA device, or the CPU in Triton's interpreter."""
+    """Where kernels run here: a CUDA device, or the CPU in Triton's interpreter."""
     request.node.user_properties.append(("device", device_name()))
     return DEVICE
 
