@@ -157,7 +157,7 @@ def _projection_into(record: _Record, write: str) -> str | None:
     order = list(record.outputs)
     targets = (record.outputs[write], record.inputs[write])
     for path in reversed(order[: order.index(write) + 1]):
-        if _is_linear(record.modules[path]):
+        if is_linear(record.modules[path]):
             value = record.outputs[path]
             if any(value.shape == target.shape and torch.equal(value, target) for target in targets):
                 return path
@@ -170,7 +170,7 @@ def _add_gate_and_up(record: _Record, down: str, config: Any, places: dict[str, 
     width = neurons.shape[-1]
     sources: list[tuple[Place, Tensor]] = []
     for path, value in record.outputs.items():
-        if _is_linear(record.modules[path]) and "att" not in path.lower() and path != down:
+        if is_linear(record.modules[path]) and "att" not in path.lower() and path != down:
             if value.shape[-1] == width:
                 sources.append((Place(path, "out", flat=value.dim() == 2), value))
             elif value.shape[-1] == 2 * width:  # gate and up fused in one projection
@@ -200,7 +200,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool(error < (1e-4 if other.dtype in (torch.float32, torch.float64) else 3e-2))  # variants of GELU: 1e-3
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)  # quantised linears of bitsandbytes are subclasses of nn.Linear
 
 

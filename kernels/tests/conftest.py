@@ -6,7 +6,13 @@ the algebra is right; it is never a pass of a GPU, and the summary of every run 
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +31,27 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """Where kernels run here: a CUDA device, or the CPU in Triton's interpreter."""
     request.node.user_properties.append(("device", device_name()))
     return DEVICE
+
+
+@pytest.fixture
+def ahead_of_time(tmp_path: Path) -> Callable[[str], Any]:
+    """Runs a script that compiles kernels without a GPU, the interpreter off; returns the JSON of its last line."""
+
+    def run(code: str) -> Any:
+        pytest.importorskip("triton.backends.nvidia", reason="triton's NVIDIA compiler is not installed")
+        script = tmp_path / "ahead.py"  # a file: triton reads the source of what it compiles
+        script.write_text(code)
+        there = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "compiled")}  # nothing compiled before
+        environment = {**os.environ, **there, "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(
+            [sys.executable, script], capture_output=True, text=True, timeout=600, env=environment, check=False
+        )
+        if "ptxas" in done.stderr and "not found" in done.stderr.lower():
+            pytest.skip("ptxas, which turns PTX into a program for a GPU, was not found")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
 def device_name() -> str:

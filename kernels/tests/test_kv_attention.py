@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -448,18 +444,9 @@ print(json.dumps([
 """
 
 
-def test_kernels_compile_ahead_of_time_onto_tensor_cores(tmp_path: Path) -> None:
+def test_kernels_compile_ahead_of_time_onto_tensor_cores(ahead_of_time: Any) -> None:
     """In a process of its own, with the interpreter off: what it never refuses, a compiler does."""
-    there = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = tmp_path / "ahead.py"
-    code.write_text(AHEAD)  # a file: triton reads the source of what it compiles
-    done = subprocess.run(
-        [sys.executable, str(code)], capture_output=True, text=True, env=os.environ | there, timeout=300
-    )
-    if "ptxas" in done.stderr and "not found" in done.stderr.lower():
-        pytest.skip("ptxas, which turns PTX into a program for a GPU, was not found")
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name, kind, capability, products, tf32, shared in json.loads(done.stdout):
+    for name, kind, capability, products, tf32, shared in ahead_of_time(AHEAD):
         assert not tf32, f"{name} for sm_{capability} rounds float32 to TF32"
         assert shared <= 80 * 1024, name  # bytes: two programs of a multiprocessor of an A100
         assert bool(products) == (kind in ("fp16", "bf16")), f"{name} {kind} for sm_{capability}: {products} mma"

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,16 +255,8 @@ print(json.dumps(found))
 """
 
 
-def test_kernels_compile_ahead_of_time_with_exact_division() -> None:
-    pytest.importorskip("triton.backends.nvidia", reason="triton's NVIDIA compiler is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", AHEAD], capture_output=True, text=True, timeout=600, env=environment, check=False
-    )
-    if "ptxas" in done.stderr and "not found" in done.stderr.lower():
-        pytest.skip("ptxas, which turns PTX into a program for a GPU, was not found")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_kernels_compile_ahead_of_time_with_exact_division(ahead_of_time: Any) -> None:
+    found = ahead_of_time(AHEAD)
     assert {tuple(row[:2]) for row in found} == {(f"{way}_block", v) for way in ("pack", "unpack") for v in (80, 90)}
     assert all(exact > 0 for name, _, exact, _ in found if name == "pack_block")
     assert not any(approximate for *_, approximate in found)  # what `/` becomes: off by 2 in the last place

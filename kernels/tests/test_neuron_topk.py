@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -218,15 +213,7 @@ print(json.dumps(found))
 """
 
 
-def test_kernels_compile_ahead_of_time_and_use_tensor_cores_where_that_is_exact() -> None:
-    pytest.importorskip("triton.backends.nvidia", reason="triton's NVIDIA compiler is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", AHEAD], capture_output=True, text=True, timeout=600, env=environment, check=False
-    )
-    if "ptxas" in done.stderr and "not found" in done.stderr.lower():
-        pytest.skip("ptxas, which turns PTX into a program for a GPU, was not found")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_kernels_compile_ahead_of_time_and_use_tensor_cores_where_that_is_exact(ahead_of_time: Any) -> None:
+    found = ahead_of_time(AHEAD)
     assert len(found) == 6 and not any(tf32 for *_, tf32 in found)
     assert all((products > 0) == (name != "fp32") for _, name, products, _ in found)

@@ -123,6 +123,7 @@ def _planted(name: str, size: float, before: tuple[float, float], removed: tuple
         arrays={"ids": np.array(texts)} | {key: tensor.numpy() for key, tensor in update.items()},
         solve=solve,
         expectations=(
+            Expectation("kl after the last step, nats", lambda result: result.table()["kl"].iloc[-1], 0.0, 0.05),
             Expectation("kl before, nats", lambda result: result.table()["kl"].iloc[0], *before),
             Expectation("share of it removed", lambda result: result.kl_removed, *removed),  # type: ignore[attr-defined]
         ),

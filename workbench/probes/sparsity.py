@@ -6,7 +6,7 @@ error |x W'^T - x W^T| / |x W^T| of every matrix, answers, and the bytes of a bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.corpora.item import Item
 from workbench.generation import text_of
-from workbench.methods.pruning.curves import Trial, compare
+from workbench.methods.pruning.curves import Trial, as_prompt, chunks, compare
 from workbench.methods.pruning.inputs import linears_in, output_errors
 from workbench.methods.pruning.sparse_loss import SparsityLossResult
 from workbench.methods.pruning.sparsity import BY, By
-from workbench.methods.relations.facts import Prompt, ask
+from workbench.methods.relations.facts import ask
 from workbench.probe import Expectation, Planted, Probe
 from workbench.pruned.bitmap import bitmap_sizes
 from workbench.pruned.units import rows_of
@@ -77,7 +76,7 @@ class SparsityLoss(Probe):
         ids = [list(row) for row in subject.tokenize(trial.held_out).ids]
         if min(map(len, ids)) < 2:
             raise ValueError("SparsityLoss: a held-out text has 1 token, expected at least two.")
-        prompts = [_prompt(item) for items in trial.questions.values() for item in items]
+        prompts = [as_prompt(item) for items in trial.questions.values() for item in items]
         nll, kl = np.zeros((2, len(toggles), len(ids)))
         base_nll = np.zeros(len(ids))
         lost, whole = np.zeros((2, len(toggles), len(dense), len(ids)))
@@ -85,7 +84,7 @@ class SparsityLoss(Probe):
         right, base_right = np.zeros((len(toggles), len(prompts)), dtype=bool), np.zeros(len(prompts), dtype=bool)
         if prompts:
             base_right = ask(subject, prompts).exact
-        for rows in _chunks(ids, subject.anatomy.vocab):
+        for rows in chunks(ids, subject.anatomy.vocab, BASE_BYTES):
             chunk = [ids[row] for row in rows]
             base = {i: logprobs.cpu() for i, _, logprobs in subject.predictions(chunk)}
             base_nll[rows] = [compare(base[i], base[i], row)[0] for i, row in enumerate(chunk)]
@@ -126,25 +125,6 @@ class SparsityLoss(Probe):
     def example(cls, subject: Subject) -> tuple[SparsityLoss, list[str]]:
         texts = [text_of(subject.tokenizer, range(start, start + 10)) for start in (8, 18, 28, 38)]
         return cls(sparsities=(0.5,), patterns=("2:4",)), texts
-
-
-def _chunks(ids: list[list[int]], vocab: int) -> Iterator[list[int]]:
-    """Rows in order whose predictions fit into BASE_BYTES together; one at least."""
-    chunk: list[int] = []
-    size = 0
-    for row, text in enumerate(ids):
-        new = 4 * vocab * len(text)
-        if chunk and size + new > BASE_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(row)
-        size += new
-    yield chunk
-
-
-def _prompt(item: Item | Prompt) -> Prompt:
-    """A question of the corpora as a prompt to complete."""
-    return item if isinstance(item, Prompt) else Prompt(item.phenomenon, "", item.form, item.prompt, (item.answer,))
 
 
 # A model whose truth is known

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from workbench.anatomy import add_tap, attention_path, spread
+from workbench.discovery import is_linear
 from workbench.site import Site
 
 if TYPE_CHECKING:
@@ -81,10 +82,6 @@ def find_units(subject: Subject) -> tuple[LayerUnits, ...]:
                 rows[kind] = _head_rows(subject, layer, attention)
             found.append(_layer_units(subject, layer, attention, rows[kind], returns[layer]))
     return tuple(found)
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def rows_of(linear: Any) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from workbench.discovery import is_linear
 from workbench.methods.pruning.inputs import input_moments, linears_in, others_in
 from workbench.methods.pruning.sparsegpt import ORDERS, Order, sparsegpt
 from workbench.methods.pruning.sparsity import (
@@ -33,7 +34,7 @@ from workbench.methods.pruning.sparsity import (
     wanda,
 )
 from workbench.pruned.cut import plain_weight
-from workbench.pruned.units import is_linear, rows_of
+from workbench.pruned.units import rows_of
 from workbench.swap import swap_weight
 from workbench.toggle import Toggle
 

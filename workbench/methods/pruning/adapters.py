@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from workbench.discovery import is_linear
 from workbench.pruned.blocks import is_dropped
-from workbench.pruned.units import is_linear, rows_of
+from workbench.pruned.units import rows_of
 from workbench.tokens import Batch, Tokens, right_pad
 
 if TYPE_CHECKING:

@@ -95,7 +95,7 @@ def losses(subject: Subject, toggles: Sequence[Toggle], trial: Trial) -> Losses:
         raise ValueError(f"losses: held-out text {short[0]} has {len(ids[short[0]])} token, expected at least two.")
     nll, kl = (np.zeros((len(toggles), len(ids))) for _ in range(2))
     base_nll, tokens = np.zeros(len(ids)), np.array([len(text) - 1.0 for text in ids])
-    for rows in _chunks(ids, subject.anatomy.vocab):
+    for rows in chunks(ids, subject.anatomy.vocab):
         chunk = [ids[row] for row in rows]
         base = {rows[i]: logprobs.cpu() for i, _, logprobs in subject.predictions(chunk)}
         for row in rows:
@@ -104,7 +104,7 @@ def losses(subject: Subject, toggles: Sequence[Toggle], trial: Trial) -> Losses:
             with subject.under(toggle):
                 for i, _, logprobs in subject.predictions(chunk):
                     nll[number, rows[i]], kl[number, rows[i]] = compare(base[rows[i]], logprobs.cpu(), ids[rows[i]])
-    prompts = [prompt for items in trial.questions.values() for prompt in map(_prompt, items)]
+    prompts = [prompt for items in trial.questions.values() for prompt in map(as_prompt, items)]
     right, base_right = np.zeros((len(toggles), len(prompts)), dtype=bool), np.zeros(len(prompts), dtype=bool)
     if prompts:
         base_right = ask(subject, prompts).exact
@@ -294,18 +294,18 @@ class PruningCurveResult(Result):
         return float(mean), float(low), float(high)
 
 
-def _prompt(item: Item | Prompt) -> Prompt:
+def as_prompt(item: Item | Prompt) -> Prompt:
     """A question of the corpora as a prompt to complete."""
     return item if isinstance(item, Prompt) else Prompt(item.phenomenon, "", item.form, item.prompt, (item.answer,))
 
 
-def _chunks(ids: Sequence[Sequence[int]], vocab: int) -> Iterator[list[int]]:
-    """Rows whose predictions fit into BASE_BYTES together; one at least."""
+def chunks(ids: Sequence[Sequence[int]], vocab: int, most: int = BASE_BYTES) -> Iterator[list[int]]:
+    """Rows in order whose predictions fit into `most` bytes together; one at least."""
     chunk: list[int] = []
     size = 0
     for row, text in enumerate(ids):
         new = 4 * vocab * len(text)
-        if chunk and size + new > BASE_BYTES:
+        if chunk and size + new > most:
             yield chunk
             chunk, size = [], 0
         chunk.append(row)

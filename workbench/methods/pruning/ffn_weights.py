@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.anatomy import KEPT, Kept, add_tap
+from workbench.discovery import is_linear
 from workbench.pruned.blocks import block_of
 from workbench.pruned.cut import plain_weight
-from workbench.pruned.units import is_linear
 from workbench.site import Site
 from workbench.tokens import batches
 

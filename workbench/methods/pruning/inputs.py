@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workbench.pruned.units import is_linear, rows_of
+from workbench.discovery import is_linear
+from workbench.pruned.units import rows_of
 from workbench.swap import standing_in
 from workbench.tokens import batches
 
