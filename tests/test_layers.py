@@ -26,6 +26,7 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
     {
         "anatomy",
         "swap",
+        "clock",
         "discovery",
         "site",
         "values",

@@ -242,7 +242,7 @@ def test_speed_is_measured_by_turns_and_a_mask_is_never_a_speed_up(monkeypatch) 
     subject = subject_of("llama")
     plan = Plan.of(subject, {layer: {"neurons": range(8), "kv_heads": [0]} for layer in range(3)})
     clock, order = iter(range(10_000)), []
-    monkeypatch.setattr(speed, "_clock", lambda _: float(next(clock)))
+    monkeypatch.setattr(speed, "read_clock", lambda _: float(next(clock)))
     real = speed._once
     monkeypatch.setattr(speed, "_once", lambda *given: order.append(str(subject.active)) or real(*given))
     forms = {"sliced": Prune(plan), "masked": Prune(plan, "mask")}

@@ -6,7 +6,6 @@ Intervals: bootstrap over texts for predictions, over repeats for times. Both si
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from workbench import plots
 from workbench.cache import cache_bytes
+from workbench.clock import read_clock
 from workbench.generation import text_of
 from workbench.memory import AllocationMeter
 from workbench.probe import Expectation, Planted, Probe
@@ -232,16 +232,13 @@ class Cost(Probe):
     @torch.no_grad()
     def _timed(self, subject: Subject, prompt: Tensor) -> tuple[float, float]:
         """Milliseconds of the prefill, and per token of greedy decoding after it."""
-        _synchronise(prompt)
-        start = time.perf_counter()
+        start = read_clock(prompt)
         output = subject.model(input_ids=prompt, use_cache=True)
-        _synchronise(prompt)
-        middle = time.perf_counter()
+        middle = read_clock(prompt)
         for _ in range(self.new_tokens):
             chosen = output.logits[:, -1:].argmax(-1)
             output = subject.model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
-        _synchronise(prompt)
-        return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle) / self.new_tokens
+        return 1e3 * (middle - start), 1e3 * (read_clock(prompt) - middle) / self.new_tokens
 
     @torch.no_grad()
     def _memory(self, subject: Subject, prompt: Tensor) -> tuple[float, float]:
@@ -314,8 +311,3 @@ def _chunks(texts: list[str], size: int) -> Iterator[list[str]]:
     if not texts:
         raise ValueError("Cost: got no texts, expected at least one.")
     return (texts[start : start + size] for start in range(0, len(texts), size))
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)

@@ -7,7 +7,6 @@ Source: Puzzle, Bercovich et al., 2024 (arXiv 2411.19146), sections 2 and 3, wit
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from workbench.clock import read_clock
 from workbench.generation import text_of
 from workbench.methods.pruning.budgets import Ranking
 from workbench.methods.pruning.menu import COSTS, DROPPED, FULL, LayerMenuResult, choose, layer_plan
@@ -210,12 +210,10 @@ def _block_ms(subject: Subject, ids: torch.Tensor, new: int = 3) -> np.ndarray:
     phase = [0]
 
     def before(_: nn.Module, args: Any) -> None:
-        _synchronise(ids)
-        started[0] = time.perf_counter()
+        started[0] = read_clock(ids)
 
     def after(layer: int, _: nn.Module, args: Any, output: Any) -> None:
-        _synchronise(ids)
-        spent[phase[0], layer] += 1e3 * (time.perf_counter() - started[0])
+        spent[phase[0], layer] += 1e3 * (read_clock(ids) - started[0])
 
     with ExitStack() as undo, torch.no_grad():
         for layer, block in enumerate(blocks):
@@ -228,11 +226,6 @@ def _block_ms(subject: Subject, ids: torch.Tensor, new: int = 3) -> np.ndarray:
             output = subject.model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
     spent[1] /= new
     return spent
-
-
-def _synchronise(tensor: torch.Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)
 
 
 def _even(cost: np.ndarray, budget: float, needed: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]:

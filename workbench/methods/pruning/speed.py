@@ -6,7 +6,6 @@ noisy to tell, and nothing is compared; a mask is never reported as a speed-up. 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import pandas as pd
 import torch
 
 from workbench.cache import cache_bytes
+from workbench.clock import read_clock
 from workbench.pruned.report import parameter_bytes
 from workbench.toggle import Composed
 
@@ -92,19 +92,12 @@ def _ratios(medians: Mapping[str, np.ndarray], name: str) -> tuple[list[float], 
 @torch.no_grad()
 def _once(subject: Subject, ids: torch.Tensor, new_tokens: int) -> tuple[float, float, float]:
     """Seconds of the prompt, seconds per greedy token after it, and bytes per token of the cache."""
-    start = _clock(ids)
+    start = read_clock(ids)
     output = subject.model(input_ids=ids, use_cache=True)
-    middle = _clock(ids)
+    middle = read_clock(ids)
     for _ in range(new_tokens):
         chosen = output.logits[:, -1:].argmax(-1)
         output = subject.model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
-    end = _clock(ids)
+    end = read_clock(ids)
     held = cache_bytes(output.past_key_values) / (ids.shape[1] + new_tokens)
     return middle - start, (end - middle) / new_tokens, held
-
-
-def _clock(ids: torch.Tensor) -> float:
-    """Seconds, once all that was asked for is done."""
-    if ids.device.type == "cuda":
-        torch.cuda.synchronize(ids.device)
-    return time.perf_counter()
