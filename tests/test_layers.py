@@ -27,6 +27,7 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
         "anatomy",
         "swap",
         "clock",
+        "memo",
         "discovery",
         "site",
         "values",

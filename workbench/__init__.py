@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from workbench.toggles.weighted import WeightedSteer
     from workbench.warm import WarmKernels
     from workbench.widgets.explore import explore
+    from workbench.widgets.steering import SteeringDesk
 
 _HOME = {
     "Site": "site",
@@ -154,6 +155,7 @@ _HOME = {
     "SparsityLoss": "probes.sparsity",
     "save_bitmap": "pruned.bitmap",
     "load_bitmap": "pruned.bitmap",
+    "SteeringDesk": "widgets.steering",
 }
 
 __all__ = [
@@ -209,6 +211,7 @@ __all__ = [
     "Sparsify",
     "SparsityLoss",
     "Steer",
+    "SteeringDesk",
     "SteeringMap",
     "Subject",
     "Target",

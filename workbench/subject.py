@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from workbench.dice import Dice
 from workbench.discovery import find_anatomy
 from workbench.generation import Generation, OnToken, continue_batch, make_chooser, text_of
 from workbench.loading import load_model, model_fingerprint
+from workbench.memo import Memo
 from workbench.pruned.cut import proved
 from workbench.pruned.exported import PLAN_FILE, load_pruned
 from workbench.pruned.units import LayerUnits, find_units
@@ -72,7 +72,7 @@ class Subject:
         if units is not None:
             self.units = units
         self._stack = ToggleStack(self)
-        self._memory: OrderedDict[Hashable, Any] = OrderedDict()
+        self._memory = Memo(REMEMBERED)
         self.card: Card = prove(self) if verify else Card(name, self.anatomy, checks=())
 
     # Making one
@@ -384,12 +384,7 @@ class Subject:
 
         The last few are kept; the key must hold everything that decides the value, as a frozen toggle does.
         """
-        if key not in self._memory:
-            self._memory[key] = compute()
-        self._memory.move_to_end(key)
-        while len(self._memory) > REMEMBERED:
-            self._memory.popitem(last=False)
-        return self._memory[key]
+        return self._memory(key, compute)
 
     @contextmanager
     def under(self, toggle: Toggle, *, adopt_cache: bool = False) -> Iterator[Subject]:

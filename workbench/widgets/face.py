@@ -1,0 +1,252 @@
+"""The face of a desk: one widget per control, one FigureWidget updated in place, words where something is wrong.
+
+A change marks the face busy at once and asks for a new picture; the newest question alone is answered. Source: own.
+"""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import ipywidgets
+import plotly.graph_objects as go
+
+from workbench.widgets.controls import Choice, Control, Slider, Sliders, Switch, Text
+from workbench.widgets.newest import Later, Newest, soon
+from workbench.widgets.own_keys import OwnKeys
+from workbench.widgets.picture import STYLE, Picture
+from workbench.widgets.strip import TokenStrip
+
+MANY = 20  # options: more are a slider rather than a menu
+LOOK = """<style>
+.workbench-desk { padding: 4px; } .workbench-desk .widget-label { white-space: nowrap; }
+.workbench-controls { flex-flow: row wrap; gap: 2px 16px; }
+.workbench-busy { min-height: 20px; font-size: 12px; color: var(--jp-ui-font-color2, #555); }
+.workbench-message [role=alert] { color: #b00020; background: #fff0f0; border-radius: 4px; padding: 4px 8px; }
+</style>"""
+HINTS = {"description_width": "initial"}
+TRACK_PX, LETTER_PX = 210, 7  # the width of a slider beside its label, and of a letter of the label
+
+
+class Moved(Protocol):
+    """What a face needs of what it shows; every Desk has it."""
+
+    def controls(self) -> tuple[Control, ...]: ...
+    def picture(self) -> Picture: ...
+    def changed(self, **settings: Any) -> Self: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A picture or, where there is none, why; and how long it took."""
+
+    picture: Picture | None
+    error: str
+    seconds: float
+
+
+def answer(desk: Moved) -> Answer:
+    """The picture of a desk. Whatever goes wrong becomes words: a face must outlive it."""
+    started = time.perf_counter()
+    try:
+        picture, error = desk.picture(), ""
+    except ValueError as problem:  # a setting that can't be shown
+        picture, error = None, str(problem)
+    except Exception as problem:
+        picture, error = None, f"{type(problem).__name__}: {problem}. The last picture stays."
+    return Answer(picture, error, time.perf_counter() - started)
+
+
+class Face(ipywidgets.VBox):
+    """A desk as a widget.
+
+    later   calls a function soon: `soon` in a kernel; a server hands in its own
+    keeps   whether "Keep this" writes a run; without, it tells the command alone
+    """
+
+    def __init__(self, desk: Moved, *, later: Later = soon, keeps: bool = True) -> None:
+        self.desk, self.keeps = desk, keeps
+        self.figure = go.FigureWidget()
+        self.figure._config = {"responsive": True}  # or it keeps its first width, and a narrower window cuts it
+        self.busy = ipywidgets.HTML().add_class("workbench-busy")
+        self.message = ipywidgets.HTML().add_class("workbench-message")
+        self.words, self.panes, self.end = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        self.strip: TokenStrip | None = None
+        self._strips = ipywidgets.VBox()
+        self._values: dict[str, Any] = {}  # what each control shows
+        self._controls = {control.name: self._made(control) for control in desk.controls()}
+        self._newest: Newest[Moved, Answer] = Newest(answer, self._show, later)
+        row = ipywidgets.HBox(list(self._controls.values())).add_class("workbench-controls")
+        head = ipywidgets.HTML(LOOK + STYLE + f"<b>{html.escape(getattr(desk, 'question', ''))}</b>")
+        parts = [head, row, self.busy, self.message, self.words, self.panes, self._strips, self.figure, self.end]
+        super().__init__([OwnKeys(), *parts, *self._keep_row()])
+        self.add_class("workbench-desk")
+        self._ask()
+
+    def change(self, **settings: Any) -> None:
+        """Set settings, as the controls do; what can't be is told, and the desk stays as it was."""
+        try:
+            self.desk = self.desk.changed(**settings)
+        except ValueError as error:
+            self._tell(str(error))
+            return
+        self._follow()
+        self._ask()
+
+    def _ask(self) -> None:
+        self.busy.value = "<span role='status'>working …</span>"
+        self._newest.ask(self.desk)
+
+    def _show(self, desk: Moved, answer: Answer) -> None:
+        self.busy.value = f"<span role='status'>answered in {1000 * answer.seconds:,.0f} ms</span>"
+        self._tell(answer.error)
+        picture = answer.picture
+        if picture is None:
+            return
+        redraw(self.figure, picture.figure)
+        self.words.value, self.panes.value, self.end.value = (
+            picture.words_html(),
+            picture.panes_html(),
+            picture.end_html(),
+        )
+        self._show_strip(picture)
+
+    def _show_strip(self, picture: Picture) -> None:
+        if picture.strip is None:
+            self._strips.children = ()
+            return
+        if self.strip is None:
+            self.strip = TokenStrip(picture.strip)
+            self.strip.observe(self._picked, names="selected")
+        else:
+            self.strip.show(picture.strip)
+        self._picks = picture.picks
+        self._strips.children = (self.strip,)
+
+    def _picked(self, change: Mapping[str, Any]) -> None:
+        if self._picks and change["new"]:
+            self.change(**{self._picks: change["new"][1]})
+
+    def _tell(self, error: str) -> None:
+        self.message.value = f"<span role='alert'>{html.escape(error)}</span>" if error else ""
+
+    # Controls
+
+    def _made(self, control: Control) -> Any:
+        """The widget of a control, which changes the desk when it is moved."""
+        value = self.desk.settings[control.name]
+        widget = _widget(control, value)
+        self._values[control.name] = value
+        widget.layout.display = None if control.shown else "none"
+
+        def moved(change: Mapping[str, Any]) -> None:
+            new = round(change["new"], 9) if isinstance(change["new"], float) else change["new"]  # 0.3, not 0.1 + 0.2
+            if new != self._values[control.name]:
+                self._values[control.name] = new
+                self.change(**{control.name: new})
+
+        if isinstance(widget, ManySliders):
+            widget.on_change(moved)
+        else:
+            widget.observe(moved, names="value")
+        return widget
+
+    def _follow(self) -> None:
+        """Controls tell the settings as they are, and show what can be moved now."""
+        for control in self.desk.controls():
+            widget, value = self._controls[control.name], self.desk.settings[control.name]
+            self._values[control.name] = value
+            if isinstance(control, Choice) and tuple(widget.options) != control.options:
+                widget.options = control.options
+            if isinstance(control, Slider) and (widget.min, widget.max) != (control.low, control.high):
+                with widget.hold_trait_notifications():
+                    widget.min, widget.max, widget.value = control.low, control.high, value
+            if widget.value != value:
+                widget.value = value
+            widget.layout.display = None if control.shown else "none"
+
+    def _keep_row(self) -> list[Any]:
+        if not hasattr(self.desk, "command"):
+            return []
+        button = ipywidgets.Button(description="Keep this", tooltip="write these settings as a batch run's parameters")
+        told = ipywidgets.HTML().add_class("workbench-kept")
+
+        def keep(_: Any) -> None:
+            try:
+                said = str(self.desk.keep()) if self.keeps else self.desk.command()
+            except (ValueError, OSError) as error:
+                self._tell(str(error))
+                return
+            told.value = f"<code class='workbench-code'>{html.escape(said)}</code>"
+
+        button.on_click(keep)
+        return [ipywidgets.HBox([button, told])]
+
+
+class ManySliders(ipywidgets.HBox):
+    """One upright slider per number of a setting; `value` is the setting as it is spelt."""
+
+    def __init__(self, control: Sliders, value: str) -> None:
+        self.control = control
+        size = {"height": "110px", "width": "46px"}
+        options = {"min": control.low, "max": control.high, "step": control.step, "orientation": "vertical"}
+        self.sliders = [
+            ipywidgets.FloatSlider(number, description=name, continuous_update=False, layout=size, **options)
+            for name, number in zip(control.names, control.numbers(value), strict=True)
+        ]
+        super().__init__([ipywidgets.Label(control.label), *self.sliders])
+
+    @property
+    def value(self) -> str:
+        return self.control.spelt([slider.value for slider in self.sliders])
+
+    @value.setter
+    def value(self, spelt: str) -> None:
+        for slider, number in zip(self.sliders, self.control.numbers(spelt), strict=True):
+            slider.value = number
+
+    def on_change(self, moved: Any) -> None:
+        for slider in self.sliders:
+            slider.observe(lambda _: moved({"new": self.value}), names="value")
+
+
+def redraw(figure: go.FigureWidget, drawn: go.Figure) -> None:
+    """Let `figure` show what `drawn` shows; traces of the same kinds are updated, others replaced."""
+    with figure.batch_update():
+        if [trace.type for trace in figure.data] == [trace.type for trace in drawn.data]:
+            for old, new in zip(figure.data, drawn.data, strict=True):
+                old.update(new.to_plotly_json(), overwrite=True)
+            figure.layout = drawn.layout
+        else:
+            figure.data = ()
+            figure.layout = drawn.layout
+            figure.add_traces(drawn.data)
+        figure.layout.autosize = True  # as wide as there is room
+
+
+def _widget(control: Control, value: Any) -> Any:
+    named = {"description": control.label, "style": HINTS}
+    track = {"width": f"{TRACK_PX + LETTER_PX * len(control.label)}px"}
+    if isinstance(control, Slider):
+        kind = ipywidgets.IntSlider if control.whole else ipywidgets.FloatSlider
+        ends = {"min": control.low, "max": control.high, "step": control.step}
+        shown = {} if control.whole else {"readout_format": ".3g"}
+        return kind(value=value, layout=track, **ends, **shown, **named)
+    if isinstance(control, Choice):
+        if len(control.options) > MANY:
+            return ipywidgets.SelectionSlider(options=control.options, value=value, layout=track, **named)
+        return ipywidgets.Dropdown(options=control.options, value=value, **named)
+    if isinstance(control, Switch):
+        return ipywidgets.Checkbox(value=value, indent=False, **named)
+    if isinstance(control, Sliders):
+        return ManySliders(control, value)
+    assert isinstance(control, Text)
+    wide = {"width": "100%", "max_width": "900px"}
+    kind = ipywidgets.Textarea if control.lines > 1 else ipywidgets.Text
+    rows = {"rows": control.lines} if control.lines > 1 else {}
+    return kind(value=value, continuous_update=False, layout=wide, **rows, **named)
