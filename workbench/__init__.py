@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from workbench.warm import WarmKernels
     from workbench.widgets.explore import explore
     from workbench.widgets.steering import SteeringDesk
+    from workbench.widgets.strip import Strip, StripRow, TokenStrip
 
 _HOME = {
     "Site": "site",
@@ -156,6 +157,9 @@ _HOME = {
     "save_bitmap": "pruned.bitmap",
     "load_bitmap": "pruned.bitmap",
     "SteeringDesk": "widgets.steering",
+    "Strip": "widgets.strip",
+    "StripRow": "widgets.strip",
+    "TokenStrip": "widgets.strip",
 }
 
 __all__ = [
@@ -213,10 +217,13 @@ __all__ = [
     "Steer",
     "SteeringDesk",
     "SteeringMap",
+    "Strip",
+    "StripRow",
     "Subject",
     "Target",
     "Toggle",
     "TokenAttribution",
+    "TokenStrip",
     "WarmKernels",
     "WeightedSteer",
     "Weights",
