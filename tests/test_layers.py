@@ -46,7 +46,7 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
         "safe_html",
         "dice",
     },
-    {"plots", "stats", "corpora"},
+    {"plots", "stats", "corpora", "look"},
 )
 ONLY_IN = {  # a library, and the only places that may import it
     "plotly": {"plots", "widgets"},

@@ -12,6 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from workbench.report import PLOTLY, WIDGET, page, write_report
 from workbench.run import Run
+from workbench.safe_html import safe_html
 
 FIGURE = {"data": [{"type": "scatter", "x": [1, 2], "y": [3, 4]}], "layout": {"title": {"text": "Two rise"}}}
 EVIL = "<script>alert(1)</script>"
@@ -160,3 +161,11 @@ def test_a_report_is_written_where_it_is_wanted(run, tmp_path):
         write_report([], path)
     with pytest.raises(ValueError, match="is a folder"):
         write_report([run], tmp_path)
+
+
+def test_what_a_desk_shows_keeps_its_colours_and_frames() -> None:
+    token = "<span style='background-color:#D55E00;color:#000000;background:url(x);position:fixed'>word</span>"
+    shown = f"<style>p {{}}</style><section class='workbench-pane'><h4 class='other'>pushed</h4>{token}</section>"
+    made = safe_html(shown)
+    assert '<section class="workbench-pane"><h4>pushed</h4>' in made
+    assert '<span style="background-color:#D55E00;color:#000000">word</span>' in made and "url" not in made

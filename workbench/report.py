@@ -18,6 +18,7 @@ import mistune
 
 from workbench import storage
 from workbench.folder import Run
+from workbench.look import DESK_STYLE
 from workbench.plots import html_div, plotly_js
 from workbench.safe_html import safe_html
 from workbench.signature import signature_of, signed
@@ -70,7 +71,7 @@ def section(run: Run, number: int) -> str:
 
 def document(title: str, body: str, *, head: str = "", style: str = "") -> str:
     """A page with the project's style; `head` holds scripts, `style` adds to the style."""
-    return _PAGE.format(title=text_of(title), style=_STYLE + style, head=head, body=body)
+    return _PAGE.format(title=text_of(title), style=_STYLE + DESK_STYLE + style, head=head, body=body)
 
 
 def write_page(path: Place, text: str) -> None:
@@ -113,7 +114,8 @@ def _output(output: dict[str, Any], name: str, run: Run) -> str:
     for kind in ("image/png", "image/jpeg"):
         if kind in data:
             return f'<img alt="" src="data:{kind};base64,{text_of("".join(data[kind]).strip())}">'
-    if "text/html" in data and "<table" in (source := "".join(data["text/html"])):
+    source = "".join(data.get("text/html", ""))
+    if "<table" in source or "workbench-" in source:  # a table, or what a desk shows; other values say it in text too
         return f'<div class="table">{safe_html(source)}</div>'
     if "text/markdown" in data:
         return _markdown("".join(data["text/markdown"]))

@@ -1,4 +1,7 @@
-"""HTML from elsewhere, rebuilt from the tags of prose and tables, so that it can neither run nor fetch anything."""
+"""HTML from elsewhere, rebuilt from the tags of prose and tables, so that it can neither run nor fetch anything.
+
+Of styles those are left that colour and frame a token of a text, with numbers and colours as their only values.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,25 @@ import re
 from html import escape
 from html.parser import HTMLParser
 
+_COLOUR, _PIXELS = r"#[0-9A-Fa-f]{6}", r"\d{1,2}(?:px)?(?: \d{1,2}(?:px)?){0,3}"
+STYLES = {
+    "background-color": _COLOUR,
+    "color": _COLOUR,
+    "border": rf"\d{{1,2}}px (?:solid|dashed) (?:{_COLOUR}|transparent)",
+    "padding": _PIXELS,
+    "margin": _PIXELS,
+    "margin-top": _PIXELS,
+    "line-height": r"\d(?:\.\d+)?",
+    "text-decoration": "line-through",
+    "display": "inline-block",
+    "max-width": "100%",
+    "overflow-wrap": "anywhere|break-word",
+    "print-color-adjust": "exact",
+}
+
 
 def safe_html(source: str) -> str:
-    """`source` without scripts, styles and handlers; links lead to pages only, remote pictures become links."""
+    """`source` without scripts, style sheets and handlers; links lead to pages only, remote pictures become links."""
     rebuilder = _Rebuilder()
     rebuilder.feed(source)
     rebuilder.close()
@@ -28,6 +47,7 @@ class _Rebuilder(HTMLParser):
         "h6",
         "p",
         "div",
+        "section",
         "ul",
         "ol",
         "li",
@@ -38,7 +58,7 @@ class _Rebuilder(HTMLParser):
     )
     INLINE = ("a", "b", "strong", "i", "em", "sub", "sup", "del", "code", "span", "br", "hr")
     TAGS = frozenset((*TABLE, *BLOCKS, *INLINE))
-    ATTRIBUTES = frozenset(["colspan", "rowspan", "scope"])
+    ATTRIBUTES = frozenset(["colspan", "rowspan", "scope", "title", "role", "aria-label"])
     SILENT = frozenset(["script", "style", "svg", "iframe", "object", "template"])
 
     def __init__(self) -> None:
@@ -55,6 +75,10 @@ class _Rebuilder(HTMLParser):
             self.parts.append(_picture(given.get("src", ""), given.get("alt", "")))
         elif tag in self.TAGS:
             kept = {name: value for name, value in given.items() if name in self.ATTRIBUTES}
+            if style := _style(given.get("style", "")):
+                kept["style"] = style
+            if re.fullmatch(r"workbench-[a-z-]+", given.get("class", "")):
+                kept["class"] = given["class"]
             if tag == "a" and re.match(r"https?://|#", given.get("href", "")):
                 kept["href"] = given["href"]
             words = "".join(f' {name}="{escape(value)}"' for name, value in kept.items())
@@ -68,6 +92,13 @@ class _Rebuilder(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self.silent:
             self.parts.append(escape(data))
+
+
+def _style(source: str) -> str:
+    """The declarations of a style attribute that are allowed, with the values that are."""
+    pairs = (part.partition(":")[::2] for part in source.split(";"))
+    named = ((name.strip().lower(), value.strip()) for name, value in pairs)
+    return ";".join(f"{name}:{value}" for name, value in named if name in STYLES and re.fullmatch(STYLES[name], value))
 
 
 def _picture(source: str, words: str) -> str:

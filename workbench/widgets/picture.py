@@ -14,21 +14,11 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from workbench import plots
+from workbench.look import DESK_STYLE
 from workbench.result import Result
 from workbench.widgets.strip import Strip
 
-STYLE = """<style>
-.workbench-panes { display: flex; flex-wrap: wrap; gap: 12px; margin: 6px 0; }
-.workbench-pane { flex: 1 1 230px; border: 1px solid #bbb; border-radius: 6px; padding: 6px 10px; min-width: 0; }
-.workbench-pane h4 { margin: 0 0 4px; font-size: 13px; font-weight: 600; }
-.workbench-pane pre { white-space: pre-wrap; overflow-wrap: break-word; word-break: normal; margin: 0; padding: 0;
-  font-size: 13px; line-height: 1.45; border: 0; background: transparent; color: inherit; }
-.workbench-facts { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 6px 0; padding: 0; list-style: none; }
-.workbench-facts li { margin: 0; } .workbench-facts b { font-variant-numeric: tabular-nums; }
-.workbench-words { margin: 6px 0; padding-left: 10px; border-left: 3px solid #E69F00; }
-.workbench-code { display: block; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; margin: 6px 0; }
-</style>"""
+STYLE = f"<style>{DESK_STYLE}</style>"
 
 
 @dataclass(frozen=True)
@@ -127,11 +117,6 @@ def facts_table(facts: Sequence[Fact]) -> pd.DataFrame:
     rows = [(fact.measure, float(fact.value), fact.unit, fact.low, fact.high) for fact in facts]
     table = pd.DataFrame(rows, columns=list(DeskResult.columns))
     return table.astype({"value": float, "low": float, "high": float})
-
-
-def page_div(picture: Picture) -> str:
-    """A whole picture as an HTML fragment for a page that holds `plots.plotly_js()`."""
-    return STYLE + plots.html_div(picture.figure) + picture.html()
 
 
 def _pane(pane: Pane) -> str:
