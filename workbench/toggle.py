@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from workbench.settings import Settings
 from workbench.values import decode, encode
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 SUMS = ("rows", "prompts", "prompts_acted", "tokens", "moved", "before")  # what a receipt adds up
 
 
-class Toggle(ABC):
+class Toggle(Settings, ABC):
     """A reversible change of a model. Subclasses are frozen dataclasses of settings.
 
     claims   exclusive resources ("kv.select", "kv.store", "ffn.width", ...); two toggles that share a claim
@@ -194,7 +195,7 @@ class Receipt:
     def __str__(self) -> str:
         facts = [f"fired {self.fired} times"]
         if self.tokens:
-            facts.append(f"on {self.tokens} tokens of {self.rows} texts")
+            facts.append(f"on {self.tokens} tokens" + (f" of {self.rows} texts" if self.rows else ""))
         if self.prompts:
             facts.append(f"acted on {self.prompts_acted} of {self.prompts} prompts")
         if self.relative_moved:
