@@ -11,6 +11,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from workbench.environment import versions
 from workbench.folder import RUN_VARIABLE, Run, run_command
 from workbench.memo import Memo
 from workbench.parameters import Parameter
+from workbench.prefix import PrefixStates
 from workbench.result import Provenance
 from workbench.runs.runs import Runs
 from workbench.subject import Subject
@@ -29,6 +31,7 @@ from workbench.widgets.picture import STYLE, DeskResult, Picture, facts_table
 
 T = TypeVar("T")
 KEPT = "given"  # metadata of fields that are no settings: what a program hands over, such as its own directions
+PREFIX_BYTES = 2**29  # that the prefix states of one set of texts may take
 REMEMBERED = 512  # values that a desk and all made from it keep
 
 
@@ -107,6 +110,11 @@ class Desk(ABC):
         """What `compute` gives, computed once per key and toggles that act on the subject now."""
         return self.memo((*key, self.subject.active), compute)
 
+    def resumed(self, texts: tuple[str, ...]) -> AbstractContextManager[Any]:
+        """Within: forwards over these texts run only the blocks that a change reaches, to the same bits."""
+        states = self.subject.remember(("prefix", texts, self.subject.active), lambda: _states(self.subject, texts))
+        return states.resume() if states else nullcontext()
+
     def command(self) -> str:
         """The command that makes this picture in a batch run; it names what is not as a fresh desk has it."""
         fresh = dataclasses.replace(self, **{name: item.default for name, item in self.parameters().items()}).settings
@@ -174,3 +182,11 @@ class Desk(ABC):
         picture = self.picture()
         display(picture.figure)
         display(HTML(STYLE + picture.html()))
+
+
+def _states(subject: Subject, texts: tuple[str, ...]) -> PrefixStates | None:
+    """What the blocks did with these texts; None for a model or toggles that it can't be told of."""
+    try:
+        return PrefixStates.read(subject, texts, max_bytes=PREFIX_BYTES)
+    except ValueError:  # the numbers are the same without, a little later
+        return None

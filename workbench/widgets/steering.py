@@ -5,7 +5,7 @@ x' = x + s m_l v / |v| at layer l, m_l the mean residual norm there. Source: Tur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ from workbench.toggles.steer import Steer
 from workbench.widgets import material
 from workbench.widgets.controls import Choice, Control, Slider, Text
 from workbench.widgets.desk import Desk, given
-from workbench.widgets.picture import Fact, Pane, Picture
+from workbench.widgets.picture import Fact, Pane, Picture, lines_of
 
 T = TypeVar("T")
 ARMS = ("untouched", "pushed", "random direction")
@@ -97,7 +97,7 @@ class SteeringDesk(Desk):
     def picture(self) -> Picture:
         written = {arm: self.answers(arm) for arm in ARMS}
         drawings = {"next token": self._next_token, "layer by strength": self._map, "side effects": self._side_effects}
-        panes = (Pane(arm, _lines(self._prompts, made)) for arm, made in written.items())
+        panes = (Pane(arm, lines_of(self._prompts, made.texts)) for arm, made in written.items())
         changed = [a != b for a, b in zip(written["untouched"].ids, written["pushed"].ids, strict=True)]
         plain, others = self._logprobs("untouched").double(), self._kl()
         effect = {arm: mean_kl(plain, self._logprobs(arm).double()) for arm in ARMS[1:]}
@@ -112,7 +112,7 @@ class SteeringDesk(Desk):
     def answers(self, arm: str = "pushed") -> Generation:
         """What is written after each prompt: "untouched", "pushed", or pushed along a "random direction"."""
         key = ("answers", self._prompts, self.new_tokens, self._push(arm))
-        return self.once(key, lambda: self._under(arm, self._write))
+        return self.once(key, lambda: self._under(arm, self._prompts, self._write))
 
     # Parts, each computed once for the settings that decide it
 
@@ -161,12 +161,14 @@ class SteeringDesk(Desk):
 
     def _logprobs(self, arm: str) -> Tensor:
         key = ("logprobs", self._prompts, self._push(arm))
-        return self.once(key, lambda: self._under(arm, lambda: last_logprobs(self.subject, self._prompts)))
+        return self.once(
+            key, lambda: self._under(arm, self._prompts, lambda: last_logprobs(self.subject, self._prompts))
+        )
 
-    def _under(self, arm: str, work: Callable[[], T]) -> T:
+    def _under(self, arm: str, texts: tuple[str, ...], work: Callable[[], T]) -> T:
         if not self._push(arm):
             return work()
-        with self.subject.under(self.toggle(arm)):
+        with self.resumed(texts), self.subject.under(self.toggle(arm)):
             return work()
 
     def _kl(self) -> dict[str, float]:
@@ -177,7 +179,7 @@ class SteeringDesk(Desk):
         def measure(arm: str) -> float:
             if not self._push(arm):
                 return 0.0
-            return mean_kl(plain, self._under(arm, lambda: _all_log_probs(self.subject, texts)))
+            return mean_kl(plain, self._under(arm, texts, lambda: _all_log_probs(self.subject, texts)))
 
         return {arm: self.once(("kl", self._push(arm)), lambda arm=arm: measure(arm)) for arm in ARMS}
 
@@ -247,10 +249,6 @@ def _all_log_probs(subject: Subject, texts: tuple[str, ...]) -> Tensor:
     """(token, vocab) after every token of every text but its last, one text after the other, in float64."""
     rows = {row: values[:-1].double().cpu() for row, _, values in subject.predictions(texts, cut=True)}
     return torch.cat([rows[row] for row in range(len(texts))])
-
-
-def _lines(prompts: Sequence[str], made: Generation) -> tuple[tuple[str, str], ...]:
-    return tuple((f"{prompt} →", text.strip()) for prompt, text in zip(prompts, made.texts, strict=True))
 
 
 def _short(text: str) -> str:
