@@ -583,3 +583,9 @@ def test_settings_and_views_that_are_none_are_refused() -> None:
         result.plan(0.2, keep=0.8)
     with pytest.raises(ValueError, match="scores of heads hold NaN"):
         Ranking(np.full((1, 2), np.nan), np.ones((1, 2)), result.sizes)
+
+
+def test_a_model_without_what_a_budget_takes_is_told_so() -> None:
+    ranking: Any = PruningScores().run(Subject.tiny("mixtral"), ["one morning the sailor dived alone ."]).ranking()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"there are no neurons to take: .*mixture"):
+        ranking.most(Budget(of="neurons", allocation="global"))

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from workbench.toggles.steer import Clamp, ProjectOut, Steer
     from workbench.toggles.weighted import WeightedSteer
     from workbench.warm import WarmKernels
+    from workbench.widgets.compose import ComposeDesk
     from workbench.widgets.explore import explore
     from workbench.widgets.steering import SteeringDesk
     from workbench.widgets.strip import Strip, StripRow, TokenStrip
@@ -160,6 +161,7 @@ _HOME = {
     "Strip": "widgets.strip",
     "StripRow": "widgets.strip",
     "TokenStrip": "widgets.strip",
+    "ComposeDesk": "widgets.compose",
 }
 
 __all__ = [
@@ -175,6 +177,7 @@ __all__ = [
     "Clamp",
     "ClusteredSteer",
     "CoFiring",
+    "ComposeDesk",
     "Condition",
     "ConditionalSteer",
     "Contrast",

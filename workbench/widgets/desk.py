@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from workbench.prefix import PrefixStates
 from workbench.result import Provenance
 from workbench.runs.runs import Runs
 from workbench.subject import Subject
+from workbench.toggle import Toggle
 from workbench.values import fingerprint
 from workbench.widgets.controls import Control
 from workbench.widgets.picture import STYLE, DeskResult, Picture, facts_table
@@ -109,6 +111,14 @@ class Desk(ABC):
     def once(self, key: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
         """What `compute` gives, computed once per key and toggles that act on the subject now."""
         return self.memo((*key, self.subject.active), compute)
+
+    @contextmanager
+    def under(self, toggle: Toggle) -> Iterator[Subject]:
+        """The subject under `toggle`; that it never acted is what its receipt says, without a warning."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* was active but never fired", category=UserWarning)
+            with self.subject.under(toggle):
+                yield self.subject
 
     def resumed(self, texts: tuple[str, ...]) -> AbstractContextManager[Any]:
         """Within: forwards over these texts run only the blocks that a change reaches, to the same bits."""

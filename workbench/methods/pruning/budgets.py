@@ -110,8 +110,14 @@ class Ranking:
         return replace(plan, origin=tuple({**(origin or {}), **told, "achieved": share}.items()))
 
     def most(self, budget: Budget) -> float:
-        """The largest ratio that a budget can have: the floors of its layers forbid more."""
+        """The largest ratio that a budget can have: the floors of its layers forbid more.
+
+        Raises ValueError where the model has nothing of what the budget takes.
+        """
         layers = self._prunable(budget)
+        if not self._base(budget):
+            reason = self.sizes.no_heads or self.sizes.no_neurons
+            raise ValueError(f"Budget: there are no {budget.of} to take: {reason or 'all layers are kept whole'}.")
         room = [self._room(layer, budget) for layer in layers]
         if budget.allocation == "uniform":  # every layer gives the same share of what it has
             weights = [self._weight(layer, budget) for layer in layers]
