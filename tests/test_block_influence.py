@@ -268,7 +268,7 @@ def test_the_cut_lies_between_the_dropped_and_the_kept() -> None:
         ({"n_drop": 0}, "got n_drop=0"),
         ({"keep_first": 2}, "got n_drop=2, keep_first=2"),
         ({"keep_last": -1}, "numbers of at least 0"),
-        ({"by": "size"}, "expected block_influence or macro_influence"),
+        ({"by": "size"}, "expected 'block_influence' or 'macro_influence'"),
     ],
 )
 def test_bad_settings_are_refused_in_words(settings: dict[str, Any], message: str) -> None:

@@ -57,7 +57,7 @@ def test_a_failed_run_exits_1_and_prints_the_cell_and_its_last_lines(tmp_path, w
             ["runs", "report", "nothing", "--runs", "{runs}"],
             "workbench: runs: 'nothing' names 0 runs, expected one",
         ),
-        (["runs", "report", "--runs", "{runs}/none"], "workbench: runs: there are none yet"),
+        (["runs", "report", "--runs", "{runs}/none"], "workbench: --runs: there is no folder"),
         (["runs", "report", "--runs", "{runs}", "--out", "{runs}"], "workbench: report: {runs} is a folder"),
         (["lab", "no-such-folder"], "workbench: no-such-folder: no such folder."),
     ],

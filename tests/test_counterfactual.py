@@ -429,9 +429,9 @@ def test_edits_that_make_no_sense_are_refused(subject, edit, message):
         ({"n_samples": 0}, None, "n_samples=0"),
         ({"samplers": ()}, None, "samplers="),
         ({"samplers": ("full", "full")}, None, "Name each once"),
-        ({"noise_follows": "luck"}, None, "noise_follows 'luck'"),
-        ({"samplers": ("best",)}, None, "sampler 'best'"),
-        ({"temperatures": (-1.0,)}, None, "temperature -1"),
+        ({"noise_follows": "luck"}, None, "noise_follows='luck'"),
+        ({"samplers": ("best",)}, None, "expected a tuple, each 'full'"),
+        ({"temperatures": (-1.0,)}, None, r"temperatures=\(-1.0,\), expected at least 0"),
         ({"max_new_tokens": 600}, None, "the context is 512"),
     ],
 )

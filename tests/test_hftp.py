@@ -577,9 +577,9 @@ def test_repeated_units_are_noted():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "best"}, "mode 'best'"),
-        ({"control": "none"}, "control 'none'"),
-        ({"null_model": "flat"}, "null_model 'flat'"),
+        ({"mode": "best"}, "mode='best'"),
+        ({"control": "none"}, "control='none'"),
+        ({"null_model": "flat"}, "null_model='flat'"),
         ({"mode": "paper", "null_model": "slot"}, "null_model 'slot' in mode 'paper'"),
         ({"mode": "paper", "n_shuffles": 15}, "groups of 10"),
         ({"n_shuffles": 0}, "n_shuffles=0"),

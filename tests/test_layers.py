@@ -31,6 +31,7 @@ LAYERS = (  # from the top; a name stands for the module and, for a folder, for 
         "discovery",
         "site",
         "values",
+        "settings",
         "organism",
         "files",
         "environment",

@@ -507,7 +507,7 @@ def test_items_that_do_not_fit_are_named(items: list[BilingualItem], message: st
 def test_settings_and_choices_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="in mode 'paper'"):
         LatentLanguage(mode="paper", words="first_token").run(speller(), [SPELLED])
-    with pytest.raises(ValueError, match="got mode='papr', expected corrected or paper"):
+    with pytest.raises(ValueError, match="got mode='papr', expected 'corrected' or 'paper'"):
         LatentLanguage(mode="papr").run(speller(), [SPELLED])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got one string"):
         LogitLens().run(tiny(), "common father")

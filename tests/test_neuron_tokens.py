@@ -416,13 +416,13 @@ def test_a_second_result_is_drawn_beside_the_first(read):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "best"}, "mode 'best'"),
-        ({"score": "euclid"}, "score 'euclid'"),
-        ({"signs": "minus"}, "signs 'minus'"),
+        ({"mode": "best"}, "mode='best'"),
+        ({"score": "euclid"}, "score='euclid'"),
+        ({"signs": "minus"}, "signs='minus'"),
         ({"sides": ("in",)}, "sides"),
-        ({"sides": "read"}, "sides 'read'"),
+        ({"sides": "read"}, "sides='read'"),
         ({"sides": ()}, "sides"),
-        ({"clamp_at": "heads"}, "clamp_at 'heads'"),
+        ({"clamp_at": "heads"}, "clamp_at='heads'"),
         ({"k": 0}, "k=0"),
         ({"layers": ()}, r"layers=\(\)"),
         ({"pushes": ()}, r"pushes=\(\)"),

@@ -53,7 +53,10 @@ class Direction:
     data: str = ""
 
     def __post_init__(self) -> None:
-        vector = torch.as_tensor(self.vector).detach().float().cpu()
+        try:
+            vector = torch.as_tensor(self.vector).detach().float().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"Direction: got {self.vector!r:.60}, expected one vector (width,) of numbers.") from None
         if vector.dim() != 1 or not len(vector):
             raise ValueError(f"Direction: got a tensor of shape {tuple(vector.shape)}, expected one vector (width,).")
         if not torch.isfinite(vector).all():

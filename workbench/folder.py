@@ -143,7 +143,8 @@ class Run:
 
     def _read(self, name: str) -> Any:
         try:
-            return json.loads(storage.read(self.folder / name))
+            path = self.folder / name
+            return storage.json_in(path, storage.read(path), list if name == "findings.json" else dict)
         except FileNotFoundError:
             return None
 
@@ -156,7 +157,8 @@ def all_runs(runs: str | Place | None = None) -> list[Run]:
     """Every run under a folder or an fsspec URL, oldest first."""
     root = default_runs() if runs is None else storage.place(runs)
     paths = storage.files(root, "[!.]*/[!.]*/manifest.json")
-    manifests = {path: json.loads(data) for path, data in zip(paths, storage.read_all(paths), strict=True) if data}
+    read = zip(paths, storage.read_all(paths), strict=True)
+    manifests = {path: storage.json_in(path, data) for path, data in read if data}
     found = sorted(manifests, key=lambda path: (manifests[path].get("started", ""), path.parent.name))
     return [Run(path.parent) for path in found]
 

@@ -145,7 +145,7 @@ def _options(name: str, values: Sequence[str]) -> str:
 
 
 def _is_gallery(index: Place) -> bool:
-    return index.is_file() and MARK.encode() in storage.read(index)[:4000]
+    return index.is_file() and MARK.encode() in storage.read(index)
 
 
 def _plain(name: str) -> str:

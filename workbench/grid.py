@@ -183,9 +183,10 @@ def _spread(item: str) -> Sequence[str]:
     first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
     if step < 1:
         raise ValueError(f"values: got {item!r}, expected a step of at least 1; 9..0 counts down by itself.")
+    n_numbers = abs(last - first) // step + 1  # not the length of the range: that must fit 64 bits
+    if n_numbers > MOST_RUNS:
+        raise ValueError(f"values: got {item!r}, {n_numbers} values, expected up to {MOST_RUNS}.")
     numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
-    if len(numbers) > MOST_RUNS:
-        raise ValueError(f"values: got {item!r}, {len(numbers)} values, expected up to {MOST_RUNS}.")
     return [str(number) for number in numbers]
 
 

@@ -62,10 +62,14 @@ def input_digest(value: Any, revision: Any = None) -> str | None:
     """
     if not isinstance(value, str) or not value or "\0" in value or len(value) > 1000:
         return None
-    path = Path(value).expanduser()
-    if path.is_file():
+    try:
+        path = Path(value).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError, UnicodeError):  # longer than any file's name, ~nobody, half a character: plain text
+        return None
+    if is_file:
         return sha256_of(path)
-    if path.is_dir():
+    if is_folder:
         return sha256_of_folder(path, lambda file: not file.name.startswith("."))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
         return None

@@ -191,7 +191,8 @@ def _top(leases: Place) -> Holder | None:
     """The lease with the highest number."""
     for number in sorted((int(path.name) for path in storage.files(leases) if path.name.isdigit()), reverse=True):
         try:
-            return Holder(**json.loads(storage.read(_file(leases, number))))
+            told = Holder(**json.loads(storage.read(_file(leases, number))))
+            return replace(told, number=number)  # the file's name decides
         except (FileNotFoundError, ValueError, TypeError):  # followed by another in this moment, or not yet filled
             return Holder(number, "", "", 0, 0.0, TTL_S)
     return None

@@ -142,6 +142,8 @@ def _bar_only_if_long(source: str) -> Iterator[None]:
 def _find(name: str | Path) -> str:
     text = str(Path(str(name)).expanduser()) if str(name).startswith("~") else str(name)
     looks_local = isinstance(name, Path) or text.startswith((".", os.sep)) or text.count("/") > 1
+    if not text.strip():
+        raise ValueError("load: got an empty name, expected a model's folder, or its name on the hub.")
     folder = Path(text)
     if folder.is_file():
         raise ValueError(f"load: {name} is a file, expected the folder that holds config.json and the weights.")

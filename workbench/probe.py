@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from datetime import UTC, datetime
+from numbers import Number
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -18,6 +19,7 @@ import pandas as pd
 
 from workbench.environment import versions
 from workbench.result import Provenance, Result
+from workbench.settings import Settings
 from workbench.values import encode, fingerprint
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Planted:
         return table.assign(ok=(table["low"] <= table["value"]) & (table["value"] <= table["high"]))
 
 
-class Probe(ABC):
+class Probe(Settings, ABC):
     """A question to a model. Subclasses are frozen dataclasses of settings; the constructor computes nothing."""
 
     @final
@@ -64,7 +66,15 @@ class Probe(ABC):
         """Measure `subject` on `data` and stamp the result with subject, toggles, versions, seed and time."""
         started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
         before = tuple(receipt.to_json() for receipt in subject.receipts)
-        result = self.measure(subject, data)
+        try:
+            result = self.measure(subject, data)
+        except (TypeError, AttributeError) as error:
+            if _is_data(data):
+                raise
+            raise ValueError(
+                f"{type(self).__name__}: got data {data!r:.60}, expected a list such as that of "
+                f"{type(self).__name__}.example(subject)[1]."
+            ) from error
         return result.stamped(
             Provenance(
                 subject=subject.describe(),
@@ -97,6 +107,13 @@ class Probe(ABC):
     @abstractmethod
     def example(cls, subject: Subject) -> tuple[Probe, Any]:
         """Small settings and data that run on any subject in about a second: for contract tests and a first look."""
+
+
+def _is_data(data: Any) -> bool:
+    """Whether data could be meant as such: no single number, no list of numbers, not nothing."""
+    if isinstance(data, list | tuple):
+        return not any(item is None or isinstance(item, Number) for item in data)
+    return isinstance(data, Sized) or is_dataclass(data)
 
 
 def _since(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def wilson_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(low, high) of a proportion `count / total`; stays inside [0, 1] and is sensible at 0 and at `total`."""
     count, total = np.asarray(count, dtype=np.float64), np.asarray(total, dtype=np.float64)
-    if np.any(count < 0) or np.any(count > total) or np.any(total <= 0):
+    _check_level(level, "wilson_interval")
+    if not np.all((count >= 0) & (count <= total) & (total > 0) & (total < np.inf)):
         raise ValueError(
             f"wilson_interval: got count={count} of total={total}, expected 0 <= count <= total, total > 0."
         )
@@ -69,6 +70,10 @@ def resampling_weights(n_items: int, n_bootstrap: int, seed: int = 0) -> np.ndar
 
     `weights @ values` is the mean of every resample at once.
     """
+    if n_items < 1 or n_bootstrap < 1:
+        raise ValueError(
+            f"bootstrap: got {n_items} items and n_bootstrap={n_bootstrap}, expected at least one of each."
+        )
     drawn = np.random.default_rng(seed).integers(0, n_items, (n_bootstrap, n_items))
     flat = drawn + n_items * np.arange(n_bootstrap)[:, None]
     return np.bincount(flat.ravel(), minlength=n_bootstrap * n_items).reshape(n_bootstrap, n_items) / n_items
@@ -92,9 +97,17 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("bootstrap_interval: got no items, expected at least one.")
+    _check_level(level, "bootstrap_interval")
     draws = resampling_weights(len(values), n_bootstrap, seed)  # (n_bootstrap, n_items)
     if weights is not None:
-        draws = draws * np.asarray(weights, dtype=np.float64)
+        weights = np.asarray(weights, dtype=np.float64)
+        fit = weights.shape == (len(values),) and np.all((weights >= 0) & (weights < np.inf)) and weights.any()
+        if not fit:
+            raise ValueError(
+                f"bootstrap_interval: got weights of shape {weights.shape} for {len(values)} items, expected one per "
+                "item, none below 0 and one above it."
+            )
+        draws = draws * weights
         draws = draws / draws.sum(axis=1, keepdims=True)
     means = (draws @ values.reshape(len(values), -1)).reshape(n_bootstrap, *values.shape[1:])
     estimate = np.average(values, axis=0, weights=weights)
@@ -107,6 +120,9 @@ def bootstrap_interval(
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
     """(mean, low, high) of independent draws by Student's t; low and high are NaN for a single draw."""
     values = np.asarray(values, dtype=np.float64)
+    _check_level(level, "mean_interval")
+    if not values.size:
+        raise ValueError("mean_interval: got no values, expected at least one.")
     if values.size < 2:
         return float(values.mean()), float("nan"), float("nan")
     half = student.ppf(0.5 + level / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
@@ -116,6 +132,8 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float
 def z_score(values: np.ndarray) -> np.ndarray:
     """Every value against the mean and the standard deviation of all; 0 where all are equal, NaN stays NaN."""
     values = np.asarray(values, dtype=np.float64)
+    if np.isnan(values).all():
+        raise ValueError(f"z_score: got {values.size} values, all of them NaN, expected at least one number.")
     centred = values - np.nanmean(values)
     spread = np.nanstd(values)
     return np.zeros_like(values) if spread == 0 else centred / spread
@@ -127,6 +145,8 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
     The chance that a positive item scores above a negative one, ties counted half. Both kinds must be there.
     """
     scores, positive = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
+    if positive.shape != scores.shape[:1]:
+        raise ValueError(f"auc: got scores {scores.shape} and marks {positive.shape}, expected one mark per item.")
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative:
         raise ValueError(f"auc: got {n_positive} positive and {n_negative} negative items, expected some of each.")
@@ -139,5 +159,12 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
 def dice(a: np.ndarray, b: np.ndarray) -> float:
     """Overlap of two sets given as boolean masks: 2 |a and b| / (|a| + |b|); NaN where both are empty."""
     a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    if a.shape != b.shape:
+        raise ValueError(f"dice: got masks of shapes {a.shape} and {b.shape}, expected the same items in both.")
     size = int(a.sum() + b.sum())
     return 2.0 * int((a & b).sum()) / size if size else float("nan")
+
+
+def _check_level(level: float, name: str) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"{name}: got level={level}, expected the share that an interval shall hold, such as 0.95.")

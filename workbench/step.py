@@ -7,12 +7,13 @@ that is why cached and uncached generation agree under every position rule.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
@@ -64,9 +65,11 @@ def check_positions(rule: Positions | Sequence[int]) -> Positions | tuple[int, .
                 f"positions: got {rule!r}, expected one of {', '.join(POSITION_RULES)} or a list of positions."
             )
         return rule
-    if not rule or any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in rule):
+    listed = rule.tolist() if isinstance(rule, Tensor | np.ndarray) else rule
+    numbers = tuple(listed) if isinstance(listed, Iterable) else ()
+    if not numbers or any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in numbers):
         raise ValueError(f"positions: got {rule!r}, expected logical positions from 0, such as [0, 5].")
-    return tuple(rule)
+    return numbers
 
 
 def read_step(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -77,6 +78,17 @@ def read_all(paths: Sequence[Place]) -> list[bytes | None]:
         return [_read_or_none(path) for path in paths]
     found = patiently(lambda: _fs(paths[0]).cat([_name(path) for path in paths], on_error="omit"))
     return [found[_name(path)] if _name(path) in found else _read_or_none(path) for path in paths]
+
+
+def json_in(path: Place, data: bytes, kind: type = dict) -> Any:
+    """The JSON that a file holds, whose bytes were read. Raises ValueError that names a file which was damaged."""
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}). Bring the file back, or remove its folder.") from None
+    if not isinstance(found, kind):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, expected a {kind.__name__}. Bring the file back.")
+    return found
 
 
 def write(path: Place, data: bytes) -> None:

@@ -205,7 +205,8 @@ class Subject:
 
     def tokenize(self, texts: Texts, *, special: bool = True, cut: bool = False) -> Tokens:
         """Token ids, character offsets and special-token marks of each text. Errors as in `workbench.tokens`."""
-        return tokenize(self.tokenizer, texts, special=special, context=self.context, cut=cut)
+        known = {"context": self.context, "vocab": self.anatomy.vocab}
+        return tokenize(self.tokenizer, texts, special=special, cut=cut, **known)
 
     def capture(
         self,

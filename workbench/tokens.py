@@ -6,8 +6,10 @@ Position always means the place of a real token in its own text, never the colum
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -62,18 +64,20 @@ def tokenize(
     special: bool = True,
     context: int | None = None,
     cut: bool = False,
+    vocab: int | None = None,
 ) -> Tokens:
     """The tokens of `texts`; texts may also be given as token ids, which are taken as they are.
 
     special   add the tokenizer's own special tokens, such as a begin-of-sequence token
     cut       cut a text that is longer than `context` instead of raising
+    vocab     how many tokens the model knows: ids are numbers below it
     Raises ValueError for no texts, an empty text, a text beyond the context, a word the vocabulary lacks.
     """
     if isinstance(texts, str):
         raise ValueError(f"texts: got one string, expected a list of texts. Write [{texts[:30]!r}].")
     if len(texts) == 0:
         raise ValueError("texts: got an empty list, expected at least one text.")
-    made = [_encode(tokenizer, text, special) for text in texts]
+    made = [_encode(tokenizer, text, special, vocab) for text in texts]
     for index, (ids, _, _) in enumerate(made):
         if not ids:
             raise ValueError(f"texts: text {index} is empty, expected at least one token. Leave it out.")
@@ -122,11 +126,12 @@ def right_pad(ids: Sequence[Sequence[int]], rows: list[int], *, pad: int, device
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, text: str | Sequence[int], special: bool
+    tokenizer: PreTrainedTokenizerBase, text: str | Sequence[int], special: bool, vocab: int | None
 ) -> tuple[list[int], list[tuple[int, int]], list[bool]]:
     if not isinstance(text, str):
-        ids = [int(token) for token in text]
+        ids = _given_ids(text, vocab)
         return ids, [(0, 0)] * len(ids), [False] * len(ids)
+    _refuse_half_characters(text)
     if tokenizer.is_fast:
         made = tokenizer(
             text,
@@ -143,6 +148,29 @@ def _encode(
         offsets = [(0, 0)] * len(ids)
     _refuse_unknown(tokenizer, text, ids, offsets)
     return ids, offsets, marks
+
+
+def _given_ids(text: Any, vocab: int | None) -> list[int]:
+    """Token ids that were given in the place of a text."""
+    try:
+        ids = [operator.index(token) for token in text]
+    except TypeError:
+        raise ValueError(f"texts: got {text!r:.60}, expected a text, or a list of token ids.") from None
+    wrong = [token for token in ids if token < 0 or (vocab is not None and token >= vocab)]
+    if wrong:
+        known = "from 0" if vocab is None else f"from 0 to {vocab - 1}, which this model knows"
+        raise ValueError(f"texts: got token id {wrong[0]}, expected ids {known}.")
+    return ids
+
+
+def _refuse_half_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"texts: got half a character, {text[error.start]!r}, at {error.start}, expected Unicode text. Such "
+            "text comes from a file that was read with a wrong encoding."
+        ) from None
 
 
 def _refuse_unknown(

@@ -59,8 +59,8 @@ def decode(data: Any, classes: dict[str, type]) -> Any:
             raise ValueError(f"decode: got class {data['class']!r}, expected one of {', '.join(sorted(classes))}.")
         return cls(**{name: decode(item, classes) for name, item in data.items() if name != "class"})
     if "tensor" in data:
-        flat = torch.frombuffer(bytearray(base64.b64decode(data["tensor"])), dtype=torch.uint8)
-        return flat.view(getattr(torch, data["dtype"])).reshape(data["shape"])
+        flat = np.frombuffer(bytearray(base64.b64decode(data["tensor"])), np.uint8)  # unlike torch's, it takes nothing
+        return torch.from_numpy(flat).view(getattr(torch, data["dtype"])).reshape(data["shape"])
     if "array" in data:
         return np.frombuffer(base64.b64decode(data["array"]), dtype=data["dtype"]).reshape(data["shape"])
     if "dict" in data:
@@ -79,5 +79,5 @@ def fingerprint(value: Any, length: int = 16) -> str:
 
 
 def _pack(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().contiguous().reshape(-1) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
     return base64.b64encode(flat.view(torch.uint8).numpy().tobytes()).decode()

@@ -48,9 +48,9 @@ def pack_planes(codes: UInt8[Tensor, "unit token width"], bits: int, group: int)
     planes = 8 // bits
     if tokens % (planes * group):
         raise ValueError(f"pack_planes: got {tokens} tokens, expected a multiple of {planes} planes x {group}.")
-    split = codes.reshape(units, -1, planes, group, width)
+    split = codes.reshape(units, tokens // (planes * group), planes, group, width)
     shifts = (torch.arange(planes, device=codes.device, dtype=torch.uint8) * bits)[:, None, None]
-    return (split << shifts).sum(2, dtype=torch.uint8).reshape(units, -1, width)
+    return (split << shifts).sum(2, dtype=torch.uint8).reshape(units, tokens // planes, width)
 
 
 def unpack_planes(rows: UInt8[Tensor, "unit row width"], bits: int, group: int) -> UInt8[Tensor, "unit token width"]:

@@ -20,6 +20,19 @@ def root_of(arguments: argparse.Namespace) -> Place:
     return storage.place(arguments.runs) if arguments.runs else default_runs()
 
 
+def check_root(arguments: argparse.Namespace) -> None:
+    """Refuse a --runs that is a file, or that is not there for a command that makes no runs."""
+    from workbench import storage
+
+    if not getattr(arguments, "runs", None) or "://" in arguments.runs:
+        return
+    root = storage.place(arguments.runs)
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"--runs: {root} is a file, expected a folder of runs.")
+    if not root.exists() and not getattr(arguments, "makes_runs", False):
+        raise FileNotFoundError(f"--runs: there is no folder {root}. Check the path.")
+
+
 def one_run(arguments: argparse.Namespace, word: str) -> Run:
     """The run that a word names."""
     from workbench.run import all_runs

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from workbench.cli.saying import pairs, print_failure, print_findings, seconds
+from workbench.cli.saying import count, pairs, print_failure, print_findings, seconds
 
 
 def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -16,8 +16,8 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     one.add_argument("-p", dest="parameters", metavar="NAME=VALUE", action="append", default=[], help="a parameter")
     one.add_argument("--force", action="store_true", help="compute again what is done")
     one.add_argument("--timeout", type=seconds, metavar="S", help="seconds until the run is stopped as failed")
-    one.add_argument("--threads", type=int, metavar="N", help="CPU threads for arithmetic")
-    one.set_defaults(action=run)
+    one.add_argument("--threads", type=count, metavar="N", help="CPU threads for arithmetic")
+    one.set_defaults(action=run, makes_runs=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable, Collection, Iterable, Sequence
+from math import inf
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from workbench.run import Run
 
 FINDING_LINES = 5
+N = TypeVar("N", int, float)
 
 
 def print_findings(runs: Sequence[Run]) -> None:
@@ -46,9 +48,21 @@ def pairs(words: Sequence[str]) -> dict[str, str]:
 
 def seconds(text: str) -> float:
     """A length of time on the command line, above 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"got {text}, expected seconds above 0")
+    return _above_0(text, float, "seconds above 0")
+
+
+def count(text: str) -> int:
+    """A number of things on the command line, at least 1."""
+    return _above_0(text, int, "a whole number of at least 1")
+
+
+def _above_0(text: str, kind: Callable[[str], N], expected: str) -> N:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not 0 < value < inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
     return value
 
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-from workbench.cli.saying import seconds
+from workbench.cli.saying import count, seconds
 
 EXAMPLES = """values of -p: commas part them, 0..9 holds both ends, 0..10..5 goes in steps, quotes keep commas:
   -p seed=0..9 -p model=organism,tiny:gpt2 -p keep=0.25,0.5,1.0 -p 'prompt="a, b",c'
@@ -33,11 +33,11 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     many.add_argument("--scheduler", metavar="ADDRESS", help="an existing Dask scheduler, such as tcp://host:8786")
     many.add_argument("--slurm", metavar="QUEUE", help="Slurm jobs in this queue")
     many.add_argument("--timeout", type=seconds, metavar="S", help="seconds until a run is stopped as failed")
-    many.add_argument("--threads", type=int, metavar="N", help="CPU threads per run (default: the CPUs, shared out)")
+    many.add_argument("--threads", type=count, metavar="N", help="CPU threads per run (default: the CPUs, shared out)")
     retries = "how often a run is tried again after its worker or kernel died (default: 2); a failed cell never is"
     many.add_argument("--retries", type=int, default=2, metavar="N", help=retries)
     many.add_argument("--dry-run", action="store_true", help="show the runs and what is known of them; run nothing")
-    many.set_defaults(action=sweep)
+    many.set_defaults(action=sweep, makes_runs=True)
 
 
 def sweep(arguments: argparse.Namespace) -> int:

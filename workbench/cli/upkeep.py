@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from workbench.cli.choosing import one_run, root_of
-from workbench.cli.saying import bytes_said, seconds
+from workbench.cli.saying import bytes_said, count, seconds
 
 
 def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     again = commands.add_parser("rerun", parents=[common], help="make a run again from what it stored, and compare")
     again.add_argument("key", metavar="KEY", help="a key, the start of one, or a notebook")
     again.add_argument("--timeout", type=seconds, metavar="S", help="seconds until the run is stopped as failed")
-    again.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as many as then)")
+    again.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: as many as then)")
     again.set_defaults(action=rerun)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from workbench.methods.cache.bit_profile import Layout, local_errors
 from workbench.methods.cache.bit_world import brute_force, world
 from workbench.methods.cache.bits import PAIRS, BitPlan, Pair, clusters, held_bits, pareto, random_choice, search
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 from workbench.site import Site, sites
 from workbench.toggles.quantize import QuantizeKV
 
@@ -67,7 +68,11 @@ class BitSearch(Probe):
     n_random: int = 6
     seed: int = 0
 
+    bounds: ClassVar[Bounds] = {"group": 1, "residual": 0, "sinks": 0, "n_random": 0}
+
     def measure(self, subject: Subject, data: Any) -> BitSearchResult:
+        if not self.pairs:
+            raise ValueError("BitSearch: got no pairs, expected at least one (key bits, value bits).")
         if self.budget == "accounted" and subject.stages:
             raise ValueError(
                 f"BitSearch: got budget='accounted' under {subject.stages}, expected nominal: what a layer "

@@ -7,7 +7,7 @@ removal. Sources: ShortGPT, Men et al., 2024 (arXiv 2403.03853); FuseGPT, Pan et
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from workbench.organism.tiny import tiny_pair
 from workbench.probe import Expectation, Planted, Probe
 from workbench.pruned.blocks import attention_of, block_of, blocks_left, groups_left, is_dropped, refusal
 from workbench.pruned.plan import Shape
+from workbench.settings import Bounds
 from workbench.site import Site
 from workbench.subject import Subject
 from workbench.toggles.drop_blocks import DropBlocks
@@ -54,6 +55,8 @@ class BlockInfluence(Probe):
     n_random: int = 5
     batch: int = 2048
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"n_random": 0, "batch": 1}
 
     def measure(self, subject: Subject, data: Any) -> BlockInfluenceResult:
         calibration, held_out = self._texts(subject, data)
@@ -120,8 +123,8 @@ class BlockInfluence(Probe):
         """The blocks that may go, and how many shall."""
         left = blocks_left(subject)
         n = -(-len(left) // 4) if self.n_drop is None else self.n_drop
-        if min(self.keep_first, self.keep_last, self.n_random) < 0 or self.by not in (BLOCK, MACRO):
-            raise ValueError(f"BlockInfluence: got {self}, expected {BLOCK} or {MACRO}, and numbers of at least 0.")
+        if min(self.keep_first, self.keep_last, self.n_random) < 0:
+            raise ValueError(f"BlockInfluence: got {self}, expected numbers of at least 0.")
         allowed = left[self.keep_first : len(left) - self.keep_last]
         if not 1 <= n <= min(len(allowed), len(left) - 1):
             raise ValueError(

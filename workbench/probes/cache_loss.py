@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from workbench.methods.cache.heavy_hitter import FILLER, N_SYMBOLS, SHARPNESS, W
 from workbench.methods.cache.loss import CacheLossResult
 from workbench.methods.cache.reading import Reading, read
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 from workbench.site import sites
 from workbench.toggle import Receipt
 from workbench.toggles.evict import Evict, EvictKV
@@ -56,6 +57,8 @@ class CacheLoss(Probe):
     maps: int = 4
     batch: int = 4096
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"unseen": 0, "continuation": 1, "maps": 0, "batch": 1}
 
     def measure(self, subject: Subject, data: Any) -> CacheLossResult:
         return compared(self, subject, data, (None,))[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import torch
@@ -20,6 +20,7 @@ from workbench.methods.pruning.co_firing import CoFiringResult, layer_facts
 from workbench.methods.pruning.experts import Experts, carve, router_scores, selected
 from workbench.methods.pruning.ffn_weights import FFNWeights, Rows, ffn_inputs
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 
 if TYPE_CHECKING:
     from workbench.subject import Subject
@@ -40,6 +41,8 @@ class CoFiring(Probe):
     tokens: int = 2048
     cut: bool = False
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"experts": 1, "shared": 0, "layers": 0, "lots": 1, "tokens": 1}
 
     def measure(self, subject: Subject, data: Sequence[str]) -> CoFiringResult:
         ids = subject.tokenize(list(data), cut=self.cut).ids

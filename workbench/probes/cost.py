@@ -22,6 +22,7 @@ from workbench.generation import text_of
 from workbench.memory import AllocationMeter
 from workbench.probe import Expectation, Planted, Probe
 from workbench.result import Result
+from workbench.settings import Bounds
 from workbench.stats import bootstrap_interval
 
 if TYPE_CHECKING:
@@ -171,11 +172,9 @@ class Cost(Probe):
     cut: bool = False
     seed: int = 0
 
+    bounds: ClassVar[Bounds] = {"prompt_tokens": 1, "new_tokens": 1, "repeats": 1}
+
     def measure(self, subject: Subject, data: Sequence[str]) -> CostResult:
-        if self.repeats < 1 or self.new_tokens < 1:
-            raise ValueError(
-                f"Cost: got repeats={self.repeats}, new_tokens={self.new_tokens}, expected at least 1 of each."
-            )
         texts = list(data)
         rows = np.array([row for chunk in _chunks(texts, 16) for row in self._compare(subject, chunk)])
         prompt = self._prompt(subject, texts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,7 @@ from workbench.methods.counterfactual.counterfacts import (
 )
 from workbench.methods.counterfactual.edits import Edit, Plan, plan
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 
 if TYPE_CHECKING:
     from workbench.subject import Subject
@@ -62,6 +63,8 @@ class Counterfactual(Probe):
     top_p: float = 0.9
     noise_follows: Literal["position", "distance"] = "position"
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"temperatures": 0, "top_k": 1, "top_p": (0, 1)}
 
     def dice(self, sampler: Sampler, temperature: float) -> Dice:
         """The dice of one sampler and temperature, to throw them again by `subject.generate(..., dice=, rows=)`."""
@@ -124,10 +127,6 @@ class Counterfactual(Probe):
         for what, values in (("samplers", self.samplers), ("temperatures", self.temperatures)):
             if len(set(values)) < len(values):
                 raise ValueError(f"Counterfactual: got {what}={values}, expected different ones. Name each once.")
-        if self.noise_follows not in ("position", "distance"):
-            raise ValueError(
-                f"Counterfactual: got noise_follows {self.noise_follows!r}, expected position or distance."
-            )
         for sampler, temperature in product(self.samplers, self.temperatures):
             self.dice(sampler, temperature).check()
 

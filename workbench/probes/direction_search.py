@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from workbench.methods.steering.rowwise import RowProjectOut, RowSteer
 from workbench.methods.steering.searched import SearchResult, Thresholds
 from workbench.methods.steering.target import Target, arm_by_text, last_logprobs
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 from workbench.site import Site
 from workbench.values import fingerprint
 
@@ -64,6 +65,17 @@ class DirectionSearch(Probe):
     batch: int = 4096
     seed: int = 0
 
+    bounds: ClassVar[Bounds] = {
+        "layers": 0,
+        "n_train": 1,
+        "n_validation": 1,
+        "answer_tokens": 1,
+        "n_controls": 0,
+        "kl_limit": 0,
+        "depth_limit": (0, 1),
+        "batch": 1,
+    }
+
     def measure(self, subject: Subject, data: Any) -> SearchResult:
         train, validation = Contrast.of(data).split(self.n_train, self.n_validation, self.seed)
         target = self._target(subject, train)
@@ -73,8 +85,6 @@ class DirectionSearch(Probe):
             -n for n in range(1, 1 + max(1, min(MOST_POSITIONS, constant_suffix(subject, train))))
         )
         layers = tuple(range(subject.n_layers)) if self.layers is None else tuple(sorted(set(self.layers)))
-        if not layers:
-            raise ValueError("DirectionSearch: got no layers, expected at least one, or None for all.")
         trial = _SubjectTrial(self, subject, train, validation, target, layers, positions)
         notes = [f"{len(train.positive)} + {len(train.negative)} training texts"]
         if not target.tells_apart():

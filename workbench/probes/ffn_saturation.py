@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from workbench.generation import text_of
 from workbench.methods.pruning.saturation import SHOWN_TOKENS, SaturationResult
 from workbench.methods.pruning.skipping import Test, change
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 from workbench.site import Site
 from workbench.toggles.skip_ffn import SkipFFN
 
@@ -44,6 +45,8 @@ class FFNSaturation(Probe):
     target: float = 0.25
     cut: bool = False
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"warmup": 0, "rest": 1, "target": (0, 1)}
 
     def measure(self, subject: Subject, data: Sequence[str]) -> SaturationResult:
         texts = [data] if isinstance(data, str) else list(data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from workbench.methods.hftp.tagged import HFTPResult
 from workbench.methods.hftp.tagtest import FrequencyTest, Layer
 from workbench.methods.hftp.units import read_units, sentences_that_fit
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 
 if TYPE_CHECKING:
     from workbench.subject import Subject
@@ -64,6 +65,15 @@ class HFTP(Probe):
     layers: tuple[int, ...] | None = None
     layers_at_once: int | None = None
     spectra: Literal["top", "all", "none"] = "top"
+
+    bounds: ClassVar[Bounds] = {
+        "fdr": (0, 1),
+        "n_permutations": 0,
+        "n_bootstrap": 1,
+        "sentences_per_text": 1,
+        "layers": 0,
+        "layers_at_once": 1,
+    }
 
     def measure(self, subject: Subject, data: Any) -> HFTPResult:
         corpus = as_corpus(data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from workbench.methods.lens.latent_language import LatentLanguageResult
 from workbench.methods.lens.lens import Lens, grouped, read_out, rows_held, states_of, token_energy
 from workbench.methods.lens.tuned_lens import lens_named
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 from workbench.unembedding import Unembedding
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class LatentLanguage(Probe):
     lens: str = "logit"
     n_bootstrap: int = 2000
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"n_bootstrap": 1}
 
     def measure(self, subject: Subject, data: Sequence[BilingualItem]) -> LatentLanguageResult:
         self._check()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from workbench.methods.lens.lens import ReadOut, grouped, lens_sites, read_out, 
 from workbench.methods.lens.read_outs import ReadOutResult
 from workbench.methods.lens.tuned_lens import lens_named
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 from workbench.unembedding import Unembedding
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class LogitLens(Probe):
     cut: bool = False
     n_bootstrap: int = 2000
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"k": 1, "n_bootstrap": 1}
 
     def measure(self, subject: Subject, data: Sequence[str]) -> ReadOutResult:
         if self.positions not in ("all", "last"):

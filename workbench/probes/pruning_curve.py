@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from workbench.methods.pruning.planted import half_dead, random_texts
 from workbench.methods.pruning.scores import scored
 from workbench.methods.pruning.taylor import Taylor
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 from workbench.toggles.prune import Prune
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class PruningCurve(Probe):
     taylor: Taylor = field(default_factory=Taylor)
     batch: int = 4096
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"batch": 1}
 
     def measure(self, subject: Subject, data: Any) -> PruningCurveResult:
         trial = Trial.of(data)

@@ -8,7 +8,7 @@ Sources: AMP (arXiv 2504.21174), LLM-Pruner (arXiv 2305.11627), LoRAPrune (arXiv
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from workbench.methods.pruning.planted import amplify, deafen, living, mute, ran
 from workbench.methods.pruning.scores import PruningScoresResult, scored
 from workbench.methods.pruning.taylor import Taylor
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 
 if TYPE_CHECKING:
     from workbench.subject import Subject
@@ -39,6 +40,8 @@ class PruningScores(Probe):
     taylor: Taylor = field(default_factory=Taylor)
     batch: int = 4096
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"batch": 1}
 
     @property
     def criteria(self) -> tuple[str, ...]:

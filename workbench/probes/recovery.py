@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from workbench.methods.pruning.adapters import Loss, targets, train
 from workbench.methods.pruning.recovered import RecoveryResult
 from workbench.probe import Expectation, Planted, Probe
 from workbench.pruned.weights import Weights
+from workbench.settings import Bounds
 from workbench.toggles.lora import LoRA
 from workbench.tokens import Tokens
 
@@ -47,6 +48,8 @@ class Recovery(Probe):
     every: int = 20
     patience: int = 3
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"patience": 0}
 
     def __post_init__(self) -> None:
         if self.loss not in ("kl", "nll"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from workbench.methods.relations.relational import RelationNeuronsResult
 from workbench.methods.relations.responses import Layout, layer_responses, parts_there
 from workbench.methods.relations.selectivity import Scorer, Scores, q_values, ranks
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 
 if TYPE_CHECKING:
     from workbench.subject import Subject
@@ -65,6 +66,15 @@ class RelationNeurons(Probe):
     fewest: int = 5
     n_null: int = 20_000
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {
+        "negatives_per_positive": 1,
+        "top_k": 1,
+        "fdr": (0, 1),
+        "layers": 0,
+        "fewest": 1,
+        "n_null": 1,
+    }
 
     def measure(self, subject: Subject, data: Facts) -> RelationNeuronsResult:
         if not isinstance(data, Facts):
@@ -162,8 +172,6 @@ class RelationNeurons(Probe):
         return cls(only_answered=False, n_null=500), few
 
     def _default(self, value: Any, corrected: Any, paper: Any) -> Any:
-        if self.mode not in ("corrected", "paper"):
-            raise ValueError(f"RelationNeurons: got mode {self.mode!r}, expected corrected or paper.")
         return (corrected if self.mode == "corrected" else paper) if value is None else value
 
     def _answered(

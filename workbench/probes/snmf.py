@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ from workbench.methods.snmf.factorise import (
 from workbench.methods.snmf.feature_cards import TOKEN_COLUMNS, WORD_COLUMNS, top_contexts, written_words
 from workbench.methods.snmf.features import SNMFResult
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 from workbench.site import Site
 from workbench.stats import auc
 from workbench.toggles.steer import Steer
@@ -78,6 +79,8 @@ class SNMF(Probe):
     on_disk: bool = False
     cut: bool = False
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"restarts": 1, "tolerance": 0, "n_contexts": 0, "n_words": 0}
 
     def measure(self, subject: Subject, data: LabelledTexts | Sequence[str]) -> SNMFResult:
         data = data if isinstance(data, LabelledTexts) else LabelledTexts(_as_texts(data))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from workbench.methods.steering.side_effects import divergence_by_text, mean_res
 from workbench.methods.steering.steered import SteeringMapResult
 from workbench.methods.steering.target import Target, arm_by_text
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 from workbench.site import Site
 from workbench.step import Positions
 from workbench.toggles.steer import Steer
@@ -60,6 +61,8 @@ class SteeringMap(Probe):
     n_written: int = 12
     batch: int = 2048
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"kl_limit": 0, "reach": 0, "n_controls": 0, "n_written": 0, "batch": 1}
 
     def measure(self, subject: Subject, data: Any) -> SteeringMapResult:
         if not isinstance(data, Mapping) or not {"prompts", "texts"} <= set(data):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from workbench.methods.steering.attribution import (
     integrated_gradients,
 )
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 
 if TYPE_CHECKING:
     from workbench.subject import Subject
@@ -52,6 +53,8 @@ class TokenAttribution(Probe):
     separator: str = " "
     template: tuple[str, ...] = ()
     seed: int = 0
+
+    bounds: ClassVar[Bounds] = {"tolerance": 0}
 
     def measure(self, subject: Subject, data: Triples) -> TokenAttributionResult:
         found = attributed(

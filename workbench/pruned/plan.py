@@ -7,6 +7,7 @@ Grouped attention: every surviving key/value head keeps as many query heads as e
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,7 +59,7 @@ class LayerPlan:
         for name in ("heads", "kv_heads", "neurons"):
             given = getattr(self, name)
             if given is not None:
-                object.__setattr__(self, name, tuple(int(unit) for unit in given))
+                object.__setattr__(self, name, _numbers(given, name))
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         given = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
-        checked = {int(layer): _checked(int(layer), plan, self.shape) for layer, plan in given}
-        dropped = tuple(sorted({int(layer) for layer in self.dropped}))
+        checked = {layer: _checked(layer, plan, self.shape) for layer, plan in given}
+        dropped = tuple(sorted(set(_numbers(self.dropped, "dropped blocks"))))
         kept = [(n, plan) for n, plan in sorted(checked.items()) if plan != LayerPlan() and n not in dropped]
         object.__setattr__(self, "layers", tuple(kept))
         object.__setattr__(self, "dropped", dropped)
@@ -180,7 +181,7 @@ class Plan:
             raise ValueError(f"Plan: got format {data.get('format')!r}, expected {FORMAT}.")
         try:
             shape = Shape(**data["shape"])
-            layers = {int(layer): _layer_plan(int(layer), units) for layer, units in data["layers"].items()}
+            layers = {_layer(text): _layer_plan(_layer(text), units) for text, units in data["layers"].items()}
             return cls(shape, tuple(layers.items()), tuple(data["dropped"]), tuple(data.get("origin", {}).items()))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Plan: not a plan's JSON: {error!r}. Expected what Plan.to_json writes.") from error
@@ -208,6 +209,20 @@ class Plan:
         if self.dropped:
             facts.append(f"without block{'s' * (len(self.dropped) > 1)} {', '.join(map(str, self.dropped))}")
         return "keeps " + (", ".join(facts) or "everything")
+
+
+def _numbers(given: Iterable[Any], what: str) -> tuple[int, ...]:
+    """Units or blocks as they were given, in any kind of whole numbers."""
+    try:
+        return tuple(operator.index(number) for number in given)
+    except TypeError:
+        raise ValueError(f"Plan: got {what} {given!r:.60}, expected whole numbers such as (0, 2).") from None
+
+
+def _layer(text: str) -> int:
+    if not (isinstance(text, str) and text.isdecimal()):
+        raise ValueError(f"Plan: got layer {text!r}, expected its number.")
+    return int(text)
 
 
 def _layer_plan(layer: int, units: Mapping[str, Iterable[int]]) -> LayerPlan:

@@ -36,6 +36,10 @@ class Weights(Mapping[str, Tensor]):
         if (self.given is None) == (not self.path):
             raise ValueError("Weights: expected tensors or the path of a file. Use Weights(tensors) or Weights.load.")
         if self.given is not None:
+            if not isinstance(self.given, Mapping):
+                raise ValueError(
+                    f"Weights: got {self.given!r:.60}, expected {{name: tensor}}. Weights.load reads a file."
+                )
             for name, tensor in self.given.items():
                 if not isinstance(tensor, Tensor):
                     raise ValueError(f"Weights: {name} is {tensor!r:.40}, expected a tensor.")

@@ -77,8 +77,8 @@ def records(root: Any = None, notebook: str | None = None) -> list[Record]:
 
 def read(runs: Sequence[Run]) -> list[Record]:
     """The records of these runs; one that was removed in the meantime is left out."""
-    names = ("manifest.json", "params.json", "findings.json")
-    contents = [_all_json([run.folder / name for run in runs]) for name in names]
+    names = {"manifest.json": dict, "params.json": dict, "findings.json": list}
+    contents = [_all_json([run.folder / name for run in runs], kind) for name, kind in names.items()]
     found = zip(runs, *contents, strict=True)
     return [Record(run, facts, params or {}, lines or ()) for run, facts, params, lines in found if facts]
 
@@ -157,11 +157,11 @@ def spells(text: str, value: Any) -> bool:
 def moment(text: str) -> datetime:
     """A time on the command line: 90m, 12h, 7d or 2w ago, or an ISO date or time (UTC, unless it says)."""
     ago = re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", text.strip())
-    if ago:
-        return datetime.now(UTC) - timedelta(**{UNITS[ago[2]]: float(ago[1])})
     try:
+        if ago:
+            return datetime.now(UTC) - timedelta(**{UNITS[ago[2]]: float(ago[1])})
         when = datetime.fromisoformat(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(
             f"time: got {text!r}, expected an age such as 12h or 7d, or a date such as 2026-01-31."
         ) from None
@@ -174,6 +174,7 @@ def _current(paths: list[Place]) -> Place:
     return paths[0].parent / record["files"]["table"]
 
 
-def _all_json(paths: Sequence[Place]) -> list[Any]:
+def _all_json(paths: Sequence[Place], kind: type) -> list[Any]:
     """What each file holds; None for one that is missing."""
-    return [None if content is None else json.loads(content) for content in storage.read_all(paths)]
+    read = zip(paths, storage.read_all(paths), strict=True)
+    return [None if data is None else storage.json_in(path, data, kind) for path, data in read]

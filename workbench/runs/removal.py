@@ -28,6 +28,7 @@ from workbench.storage import Place
 OVER = ("interrupted", "failed", "lost")
 YOUNG_S = 3600.0  # what has no manifest yet may be about to get one
 INTERACTIVE_DAYS = 30.0
+MOST_DAYS = 36_500
 PREVIOUS = ".previous"
 STARTED = r"[0-9a-f]{12}|interactive-[0-9-]+"  # names of runs: a folder that somebody put there is none
 
@@ -68,6 +69,8 @@ def removable(
     found = records(root)
     if keys:
         return [_run(_named(found, key), "named") for key in dict.fromkeys(keys)]
+    if not 0 <= interactive_days <= MOST_DAYS:
+        raise ValueError(f"gc: got {interactive_days} days, expected an age from 0 to {MOST_DAYS}.")
     before = datetime.now(UTC) - timedelta(days=interactive_days)
     whys = ((record, _why(record, before, other_code)) for record in found)
     return [*(_run(record, why) for record, why in whys if why), *_remains(root, found)]

@@ -171,8 +171,10 @@ def _slurm_cluster(where: Where, n_jobs: int) -> Any:
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     from distributed import Client
+    from distributed.comm.addressing import parse_address, parse_host_port
 
     try:
+        parse_host_port(parse_address(address)[1])  # first: a client that was half made by a wrong one ends with noise
         client = Client(address, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -74,7 +74,7 @@ class LowRankKV(Toggle):
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, Iterable):
-            object.__setattr__(self, "rank", tuple(int(rank) for rank in self.rank))
+            object.__setattr__(self, "rank", tuple(self.rank))
         if isinstance(self.texts, str):
             raise ValueError(f"LowRankKV: got texts={self.texts[:30]!r}, expected several texts. Write (text,).")
         object.__setattr__(self, "texts", tuple(self.texts))

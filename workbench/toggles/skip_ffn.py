@@ -60,7 +60,7 @@ class SkipFFN(Toggle):
     claims: ClassVar[frozenset[str]] = frozenset({"ffn.skip"})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "static", tuple(sorted({int(layer) for layer in self.static or ()})))
+        object.__setattr__(self, "static", tuple(sorted(set(self.static or ()))))
         if (self.threshold is None) == (not self.static):
             raise ValueError(
                 f"SkipFFN: got threshold={self.threshold} and static={self.static}, expected one of them: a threshold "
@@ -83,8 +83,9 @@ class SkipFFN(Toggle):
     def layers(self, n_layers: int) -> tuple[int, ...]:
         """The layers whose blocks may rest."""
         found = self.static or range(self.first, n_layers if self.last is None else self.last + 1)
-        if not found or max(found) >= n_layers:
-            raise ValueError(f"{self}: got layers {list(found)}, but this model has blocks 0 to {n_layers - 1}.")
+        if not found or found[-1] >= n_layers:  # both are in order; the maximum of a range would be counted up to
+            said = list(self.static) or f"{self.first} to {self.last}"
+            raise ValueError(f"{self}: got layers {said}, but this model has blocks 0 to {n_layers - 1}.")
         return tuple(found)
 
     def install(self, subject: Subject, undo: ExitStack) -> None:

@@ -8,11 +8,13 @@ Source: Turner et al. 2023 (ActAdd); Arditi et al. 2024, section 2.4.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,12 +142,16 @@ class Clamp(Toggle):
 
     def __post_init__(self) -> None:
         pairs = self.units.items() if isinstance(self.units, Mapping) else self.units
-        units = tuple((site, tuple(int(index) for index in indices)) for site, indices in pairs)
+        try:
+            units = tuple((site, tuple(operator.index(index) for index in indices)) for site, indices in pairs)
+        except (TypeError, ValueError):
+            raise ValueError(f"Clamp: got units={self.units!r:.60}, expected {{Site: [numbers of units]}}.") from None
         object.__setattr__(self, "units", units)
         object.__setattr__(self, "positions", check_positions(self.positions))
         count = sum(len(indices) for _, indices in units)
-        if isinstance(self.to, Iterable):
-            object.__setattr__(self, "to", tuple(float(value) for value in self.to))
+        if isinstance(self.to, Iterable) and not isinstance(self.to, str):
+            values = self.to.tolist() if isinstance(self.to, Tensor | np.ndarray) else self.to
+            object.__setattr__(self, "to", tuple(values))
             if len(self.to) != count:  # type: ignore[arg-type]
                 raise ValueError(
                     f"Clamp: got {len(self.to)} values for {count} units, expected one value or one per unit."
