@@ -3,6 +3,8 @@
 # make test      run the tests, several at a time (ARGS='-k steering' picks some; JOBS=0: one by one)
 # make check     format, lint and types
 # make gallery   pages of every run, to hand to colleagues
+# make docs      pages from the docstrings, opened offline
+# make bench     one table against peers, in one run (ARGS='--quick' or '--only capture')
 #
 # Each sets up .venv by itself when requirements.lock or pyproject.toml changed. Needs Python 3.11 or newer and pip.
 # Paths are relative or quoted: the project may live in a folder with spaces in its name.
@@ -29,7 +31,7 @@ endif
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test check gallery moved
+.PHONY: help demo lab test check gallery docs bench moved
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -59,6 +61,12 @@ check: $(STAMP)
 
 gallery: $(STAMP)
 	@$(BIN) -m workbench.cli runs gallery --all --out runs/gallery
+
+docs: $(STAMP)
+	@$(BIN) docs/reference/build.py
+
+bench: $(STAMP)
+	@$(BIN) -m bench $(ARGS)
 
 $(STAMP): requirements.lock pyproject.toml $(KERNELS)
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer was found. Install one, or name it: make PYTHON=..." >&2; exit 2; }

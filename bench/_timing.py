@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import statistics
 import time
@@ -15,6 +14,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from workbench.environment import cpu_model, git_state, n_cpus
+
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -23,11 +25,17 @@ def medians(rivals: Mapping[str, Callable[[], object]], repeats: int = 5) -> dic
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(repeats + 1):
         for name, run in rivals.items():
-            started = time.perf_counter()
-            run()
+            spent = seconds_of(run)
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(spent)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def peak_mb() -> float:
@@ -35,13 +43,18 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kilobytes on Linux
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | int | float]:
     """Where and when: what a number of seconds means nothing without."""
+    git = git_state(ROOT)
     return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "processor": cpu_model(),
+        "cores": n_cpus(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],  # of the last minute, the bench itself included
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "commit": git["commit"][:12] + ("+" if git["dirty"] else "") if git else "",  # +: tracked files were changed
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

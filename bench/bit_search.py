@@ -10,6 +10,7 @@ import importlib
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,60 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench._match import Match
 from bench._timing import machine, record
+from bench.peers import PeerProcess
 from workbench.methods.cache.bits import PAIRS, clusters, pareto, search
 
 LAYERS, CAP, SEEDS = (4, 8, 32, 80), 4.0, 3
 TRIALS = (100, 1000)  # 100 is what was published
 COSTS = np.sum(PAIRS, axis=1)
-try:
-    optuna: Any = importlib.import_module("optuna")
-except ModuleNotFoundError:
-    raise SystemExit("bit_search: optuna is not installed. Run: pip install optuna==5.0.0") from None
+
+
+def matches(quick: bool) -> Iterator[Match]:
+    """The rows of the table: seconds, and the error of the plan that was found."""
+    layers = LAYERS[1] if quick else LAYERS[2]
+    with PeerProcess("optuna") as peer:
+        for trials in TRIALS:
+            what = f"bits per layer: {layers} layers, at most {CAP:g} bits on average"
+            theirs = peer.side("search", layers=layers, trials=trials)
+            yield Match(what, "search, exact", f"NSGA-II, {trials} trials", lambda: exact(layers), theirs, peer.version)
+
+
+def exact(n_layers: int) -> dict[str, float]:
+    """Seconds of the exact search and the error of its plan."""
+    errors = profile(n_layers, 0)
+    started = time.perf_counter()
+    plan = search(errors, np.broadcast_to(COSTS, errors.shape), budget_of(n_layers))
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "summed error": float(errors[np.arange(n_layers), plan].sum())}
+
+
+def published(n_layers: int, trials: int) -> dict[str, float]:
+    """The same of NSGA-II, without clusters."""
+    errors, alone = profile(n_layers, 0), np.arange(n_layers)
+    kept = np.array([pareto(row, COSTS) for row in errors])
+    started = time.perf_counter()
+    error = nsga2(errors, kept, alone, budget_of(n_layers), trials, 0)
+    return {"seconds": time.perf_counter() - started, "summed error": error}
+
+
+def budget_of(n_layers: int) -> int:
+    return math.floor(2 * n_layers * CAP)
+
+
+def optuna() -> Any:
+    """The library, silent. Raises SystemExit where it is not installed."""
+    try:
+        library: Any = importlib.import_module("optuna")
+    except ModuleNotFoundError:
+        raise SystemExit("bit_search: optuna is not installed. Run: pip install optuna==5.0.0") from None
+    library.logging.set_verbosity(library.logging.ERROR)
+    return library
 
 
 def main() -> None:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna()
     print(f"mean bits <= {CAP:g}, pairs {{8, 4, 2}} x {{8, 4, 2}}; medians over {SEEDS} profiles; {machine()}\n")
     rows: list[dict[str, object]] = []
     for n_layers in LAYERS:
@@ -49,7 +90,7 @@ def main() -> None:
 def compared(n_layers: int, seed: int) -> dict[str, tuple[float, float]]:
     """(error over that of the exact plan, seconds) of each way to search one random profile."""
     errors, costs = profile(n_layers, seed), np.broadcast_to(COSTS, (n_layers, len(PAIRS)))
-    budget = math.floor(2 * n_layers * CAP)
+    budget = budget_of(n_layers)
     kept = np.array([pareto(*row) for row in zip(errors, costs, strict=True)])
     groups, alone = clusters(errors, kept, 0.1), np.arange(n_layers)
     started = time.perf_counter()
@@ -89,8 +130,9 @@ def nsga2(errors: np.ndarray, kept: np.ndarray, groups: np.ndarray, budget: int,
         trial.set_constraint("budget", bits - budget)
         return float(errors[layers, plan].sum()), bits
 
-    sampler = optuna.samplers.NSGAIISampler(seed=seed)
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    library = optuna()
+    sampler = library.samplers.NSGAIISampler(seed=seed)
+    study = library.create_study(directions=["minimize", "minimize"], sampler=sampler)
     study.optimize(objective, n_trials=trials)
     within = [trial.values[0] for trial in study.trials if trial.values[1] <= budget]
     return min(within, default=math.inf)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench._timing import machine, medians, record
+from bench._match import Match, Side, version_of
+from bench._timing import machine, medians, record, seconds_of
 from workbench.memory import AllocationMeter
 from workbench.pruned.bitmap import Bitmap, load_into, save_bitmap
 
@@ -47,15 +48,39 @@ def main() -> None:
     print(f"written to {record('bitmap', rows)}")
 
 
-def compared(folder: Path, megabytes: int, name: str, dtype: torch.dtype, share: float) -> list[dict[str, object]]:
-    """One row per kind of file: bytes, and milliseconds to load them into a model that is there."""
+def matches(quick: bool) -> Iterator[Match]:
+    """The rows of the table."""
+    torch.set_num_threads(1)  # see main
+    megabytes = SIZES_MB[0] if quick else SIZES_MB[-1]
+    for share in (0.5, 0.9):
+        with tempfile.TemporaryDirectory() as folder:
+            _, paths, model = stored(Path(folder), megabytes, torch.bfloat16, share)
+            what = f"sparse weights as a file: {megabytes} MB of bfloat16, {share:.0%} zeros, loaded into a model"
+            sides = loading("bitmap", model, paths), loading("dense", model, paths)
+            yield Match(what, "bitmap", "safetensors", *sides, f"{version_of('safetensors')}, 1 thread")
+
+
+def stored(
+    folder: Path, megabytes: int, dtype: torch.dtype, share: float
+) -> tuple[dict[str, Tensor], dict[str, Path], nn.Sequential]:
+    """Sparse matrices, a file of each kind with them, and a model that takes them."""
     tensors = {f"{i}.weight": sparse(share, dtype, i) for i in range(megabytes * 2**20 // (WIDTH**2 * dtype.itemsize))}
     paths = {"dense": folder / "dense", "bitmap": folder / "bitmap"}
     save_file(tensors, paths["dense"])
     save_bitmap(tensors, paths["bitmap"])
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in tensors))
-    loads = {"dense": load_dense, "bitmap": load_into}
-    seconds = {state: alternated(model, paths, loads, cold=state == "cold") for state in ("warm", "cold")}
+    return tensors, paths, nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in tensors))
+
+
+def loading(name: str, model: nn.Module, paths: dict[str, Path]) -> Side:
+    """A side that is measured in seconds of one load, the file in the page cache, and in the file's size."""
+    size = paths[name].stat().st_size / 1e6
+    return lambda: {"seconds": seconds_of(lambda: LOADS[name](model, paths[name])), "MB on disk": size}
+
+
+def compared(folder: Path, megabytes: int, name: str, dtype: torch.dtype, share: float) -> list[dict[str, object]]:
+    """One row per kind of file: bytes, and milliseconds to load them into a model that is there."""
+    tensors, paths, model = stored(folder, megabytes, dtype, share)
+    seconds = {state: alternated(model, paths, LOADS, cold=state == "cold") for state in ("warm", "cold")}
     load_into(model, paths["bitmap"])
     exact = all(torch.equal(layer.weight, tensors[f"{i}.weight"]) for i, layer in enumerate(model))  # type: ignore[arg-type]
     if not exact:
@@ -106,6 +131,9 @@ def load_dense(model: nn.Module, path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         for name in places:
             places[name].copy_(file.get_tensor(name))
+
+
+LOADS: dict[str, Callable[[nn.Module, Path], None]] = {"dense": load_dense, "bitmap": load_into}
 
 
 def forget(path: Path) -> None:

@@ -24,7 +24,9 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench._match import Match, Side, version_of
 from bench._timing import machine, record
+from bench.peers import PeerProcess
 from workbench import Subject
 from workbench.cache.layer import KVLayer
 from workbench.cache.packed import Format, PackStore
@@ -47,6 +49,41 @@ RIVALS: dict[str, Toggle | str | None] = {
 MODULES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
+def matches(quick: bool) -> Iterator[Match]:
+    """The rows of the table: three measures of each run."""
+    lengths = LENGTHS[:1] if quick else LENGTHS
+    subject = wide_subject(max(lengths) + NEW)
+    for tokens in lengths:
+        what = f"cache: {tokens:,} tokens, then {NEW}; {LAYERS} layers of {KV_HEADS} key/value heads of {D_HEAD}"
+        plain = side(subject, None, tokens)
+        rounds = None if tokens <= 1024 else 3
+        version = version_of("transformers")
+        for name in ("QuantizeKV, 4 bits", "EvictKV, a quarter"):
+            yield Match(what, name, "DynamicCache", side(subject, RIVALS[name], tokens), plain, version, rounds=rounds)
+        ours = side(subject, RIVALS["QuantizeKV, 4 bits"], tokens)
+        for name in ("QuantizedCache, quanto, 4 bits", "QuantizedCache, hqq, 4 bits"):
+            backend = str(RIVALS[name])
+            with PeerProcess(backend) as peer:
+                theirs = peer.side("run", backend=backend, tokens=tokens, context=max(lengths) + NEW)
+                yield Match(what, "QuantizeKV, 4 bits", name, ours, theirs, peer.version, rounds=rounds)
+
+
+def side(subject: Subject, what: Toggle | str | None, tokens: int) -> Side:
+    """A side that is measured in milliseconds before and during decoding, and in bytes after it."""
+    prompt = random_prompt(subject, tokens)
+    names = "prefill ms", "ms per token", "MB held"
+
+    def measured() -> dict[str, float]:
+        prefill, decode, held = one_run(subject, what, prompt)
+        return dict(zip(names, (prefill, decode, held / 1e6), strict=True))
+
+    return measured
+
+
+def random_prompt(subject: Subject, tokens: int) -> Tensor:
+    return torch.randint(8, subject.anatomy.vocab, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
 def main() -> None:
     lengths = [int(word) for word in sys.argv[1:]] or list(LENGTHS)
     subject = wide_subject(max(lengths) + NEW)
@@ -65,7 +102,7 @@ def main() -> None:
 
 def compared(subject: Subject, rivals: dict[str, Toggle | str | None], tokens: int) -> Iterator[dict[str, object]]:
     """One row per rival at one prompt length; in every round each rival runs once."""
-    prompt = torch.randint(8, subject.anatomy.vocab, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+    prompt = random_prompt(subject, tokens)
     found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in rivals}
     rounds = 6 if tokens <= 1024 else 4 if tokens <= 4096 else 2  # the first warms up
     for turn in range(rounds):

@@ -7,6 +7,7 @@ Run: python bench/logit_lens.py
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench._match import Match, timed, version_of
 from bench._timing import machine, medians, peak_mb, record
 from workbench import Subject
 from workbench.corpora import bilingual
@@ -40,25 +42,40 @@ def floor(subject: Subject, texts: list[str]) -> list[torch.Tensor]:
     return [unembedding.logits(values) for values in states_of(subject, texts, "last")]
 
 
+def ours(subject: Subject, texts: list[str]) -> np.ndarray:
+    """The same entropies by the lens of the project."""
+    unembedding = Unembedding.of(subject)
+    return read_out(states_of(subject, texts, "last"), lambda _, values: unembedding.logits(values)).entropy_bits
+
+
+def matches(quick: bool) -> Iterator[Match]:
+    """The rows of the table."""
+    subject = Subject.organism()
+    texts = [item.prompt for item in bilingual.word_items()][: 60 if quick else None]
+
+    def check() -> str:
+        gap = float(np.abs(ours(subject, texts) - loop(subject, texts)).max())
+        assert gap < 1e-4, f"entropies differ from the loop's by {gap:.1e} bits"
+        return f"equal entropies to {gap:.0e} bits"
+
+    what = f"logit lens: {len(texts)} prompts, last position of {subject.n_layers + 1} layers of the organism"
+    sides = timed(lambda: ours(subject, texts)), timed(lambda: loop(subject, texts))
+    yield Match(what, "read_out", "loop over layers, every position", *sides, version_of("torch"), check)
+
+
 def main() -> None:
     subject = Subject.organism()
     items = [*bilingual.word_items(), *bilingual.fact_items()]
     texts = [item.prompt for item in items]
-    unembedding = Unembedding.of(subject)
-
-    def ours() -> np.ndarray:
-        states = states_of(subject, texts, "last")
-        return read_out(states, lambda _, values: unembedding.logits(values)).entropy_bits
-
     before = peak_mb()
-    found = ours()
+    found = ours(subject, texts)
     grown = peak_mb() - before
     gap = float(np.abs(found - loop(subject, texts)).max())
     seconds = medians(
         {
             "plain forward": lambda: subject.capture(texts, lens_sites(0), tokens="last", progress=False),
             "floor: forward and unembeddings": lambda: floor(subject, texts),
-            "read-out of the last position": ours,
+            "read-out of the last position": lambda: ours(subject, texts),
             "latent language, 28 words each": lambda: LatentLanguage(n_bootstrap=10).run(subject, items),
             "loop over layers, every position": lambda: loop(subject, texts),
         }

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -28,6 +28,7 @@ import papermill
 from jupyter_core.paths import jupyter_runtime_dir
 from nbformat.v4 import new_code_cell, new_notebook
 
+from bench._match import Match, timed, version_of
 from bench._timing import medians, record
 from workbench.environment import deterministic_variables, environment
 from workbench.kernel import PREFIX, KernelStart, short_folder
@@ -106,29 +107,50 @@ def kernel_seconds(variables: dict[str, str], warm: WarmKernels | None) -> tuple
 
 def run_rows(notebooks: dict[str, Path], runs: Path, warm: WarmKernels) -> list[Row]:
     """Whole runs beside plain papermill with a kernel of the same variables, in turns."""
-    os.environ.update(deterministic_variables())  # for plain papermill's kernels
     rows: list[Row] = []
     for name, path in notebooks.items():
-        numbers = count()
-
-        def through(parent: WarmKernels | None, path: Path = path, numbers: count[int] = numbers) -> Run:
-            return plan(path, {"n": next(numbers)}, runs=runs).execute(warm=parent)
-
-        def plain(path: Path = path) -> None:
-            named = {"kernel_name": "python3", "language": "python", "progress_bar": False}
-            papermill.execute_notebook(path, runs / "plain.ipynb", parameters={"n": 1}, **named)
-
-        rivals: dict[str, Callable[[], object]] = {
-            "papermill": plain,
-            "cold": lambda through=through: through(None),
-            "warm": lambda through=through: through(warm),
-        }
-        seconds = medians(rivals, repeats=ROUNDS)
+        seconds = medians(rivals(path, runs, warm), repeats=ROUNDS)
         rows += [
             {"what": name, "start": start, "seconds": spent, "ratio": spent / seconds["papermill"]}
             for start, spent in seconds.items()
         ]
     return rows
+
+
+def rivals(path: Path, runs: Path, warm: WarmKernels) -> dict[str, Callable[[], object]]:
+    """One run of a notebook: by plain papermill, and by the project with a cold and with a warm kernel."""
+    os.environ.update(deterministic_variables())  # for plain papermill's kernels
+    numbers = count()  # a run that is there already would not be made again
+
+    def through(parent: WarmKernels | None) -> Run:
+        return plan(path, {"n": next(numbers)}, runs=runs).execute(warm=parent)
+
+    def plain() -> None:
+        runs.mkdir(exist_ok=True)
+        named = {"kernel_name": "python3", "language": "python", "progress_bar": False}
+        papermill.execute_notebook(path, runs / "plain.ipynb", parameters={"n": 1}, **named)
+
+    return {"papermill": plain, "cold": lambda: through(None), "warm": lambda: through(warm)}
+
+
+def matches(quick: bool) -> Iterator[Match]:
+    """The rows of the table."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder, WarmKernels(deterministic_variables()) as warm:
+        for name, path in list(written(Path(folder)).items())[: 1 if quick else None]:
+            ways = rivals(path, Path(folder) / "runs", warm)
+            for start in ("warm", "cold"):
+                sides = timed(ways[start]), timed(ways["papermill"])
+                what, often = f"one run of {name}", (1, False) if quick else (5, True)
+                yield Match(what, f"run, {start} kernel", "papermill", *sides, version_of("papermill"), None, *often)
+
+
+def written(folder: Path) -> dict[str, Path]:
+    """The notebooks that are run."""
+    return {
+        "a trivial notebook": notebook(folder / "trivial.ipynb", "n + 1"),
+        "a notebook that opens the organism": notebook(folder / "opens.ipynb", OPENS),
+    }
 
 
 def crowd_rows(trivial: Path, runs: Path, warm: WarmKernels, n_runs: int) -> list[Row]:
@@ -163,10 +185,7 @@ def main() -> None:
     rows = import_rows()
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder, WarmKernels(deterministic_variables()) as warm:
         runs = Path(folder) / "runs"
-        notebooks = {
-            "a trivial notebook": notebook(Path(folder) / "trivial.ipynb", "n + 1"),
-            "a notebook that opens the organism": notebook(Path(folder) / "opens.ipynb", OPENS),
-        }
+        notebooks = written(Path(folder))
         trivial = notebooks["a trivial notebook"]
         rows += part_rows(trivial, runs, warm)
         rows += run_rows(notebooks, runs, warm)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench._match import Match, timed, version_of
 from bench._models import realistic_subject
 from bench._timing import machine, medians, record
 from workbench import Subject
@@ -61,21 +62,31 @@ def feed_forward_rows() -> list[dict[str, object]]:
     rows = []
     for d_model, d_mlp in WIDTHS:
         subject = layer_subject(d_model, d_mlp)
-        generator = torch.Generator().manual_seed(0)
-        kept = torch.randperm(d_mlp, generator=generator)[: d_mlp // 2].tolist()
-        mlp: Any = subject.model.model.layers[0].mlp
-        forms = {"dense": weights_of(mlp)}
-        for form in ("mask", "slice"):
-            with ExitStack() as undo:
-                plan = Plan.of(subject, {0: {"neurons": kept}})
-                cut_layer(subject, subject.units[0], plan.at(0), form, undo)
-                forms["masked" if form == "mask" else "sliced"] = weights_of(mlp)
+        forms = forms_of(subject)
         for tokens in TOKENS:
-            x = torch.randn(1, tokens, d_model, generator=generator)
+            x = random_input(subject, tokens)
             repeats = max(1, 64 // tokens)
             found = medians({name: partial(feed, x, *each, repeats) for name, each in forms.items()}, ROUNDS)
             rows.append(told("feed-forward", f"{d_model} x {d_mlp}", tokens, found, repeats))
     return rows
+
+
+def forms_of(subject: Subject) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The weights of the feed-forward block: dense, and with half of its neurons by mask and by slice."""
+    d_mlp = subject.anatomy.d_mlp or 0
+    kept = torch.randperm(d_mlp, generator=torch.Generator().manual_seed(0))[: d_mlp // 2].tolist()
+    mlp: Any = subject.model.model.layers[0].mlp
+    forms = {"dense": weights_of(mlp)}
+    for form in ("mask", "slice"):
+        with ExitStack() as undo:
+            plan = Plan.of(subject, {0: {"neurons": kept}})
+            cut_layer(subject, subject.units[0], plan.at(0), form, undo)
+            forms["masked" if form == "mask" else "sliced"] = weights_of(mlp)
+    return forms
+
+
+def random_input(subject: Subject, tokens: int) -> Tensor:
+    return torch.randn(1, tokens, subject.anatomy.d_model, generator=torch.Generator().manual_seed(tokens))
 
 
 def weights_of(mlp: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,24 +130,13 @@ def write(subject: Subject, ids: Tensor) -> None:
 def model_rows() -> list[dict[str, object]]:
     """A whole model, pruned by its toggle and as the folder that is loaded again."""
     subject = realistic_subject()
-    a = subject.anatomy
-    neurons = {"neurons": range(0, a.d_mlp or 0, 2)}
-    groups = {"kv_heads": range(a.n_kv_heads // 2)}
-    every = range(a.n_layers)
-    plans = {
-        "half of the neurons": Plan.of(subject, dict.fromkeys(every, neurons)),
-        "half of the kv heads": Plan.of(subject, dict.fromkeys(every, groups)),
-        "two of 8 blocks": Plan.of(subject, drop=[3, 4]),
-        "all three": Plan.of(subject, dict.fromkeys(every, neurons | groups), drop=[3, 4]),
-    }
-    ids = torch.randint(5, 1200, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0))
+    ids = prompt_of(ROWS)
     rows = []
-    for name, plan in plans.items():
+    for name, plan in plans(subject).items():
         with tempfile.TemporaryDirectory() as folder, subject.under(Prune(plan)):
             cache = cache_bytes(read(subject, ids).past_key_values)
             held = parameter_bytes(subject)
-            export(subject, Path(folder) / "small")
-            loaded = Subject.load(Path(folder) / "small", verify=False)
+            loaded = exported(subject, Path(folder))
         whole = cache_bytes(read(subject, ids).past_key_values)
 
         def under(form: Any, run: Callable[[Subject, Tensor], Any], plan: Plan = plan) -> None:
@@ -164,6 +164,49 @@ def model_rows() -> list[dict[str, object]]:
             f"{speed['dense']:.0f} -> {speed['sliced']:.0f} tokens per second after the prompt"
         )
     return rows
+
+
+def plans(subject: Subject) -> dict[str, Plan]:
+    a = subject.anatomy
+    neurons = {"neurons": range(0, a.d_mlp or 0, 2)}
+    groups = {"kv_heads": range(a.n_kv_heads // 2)}
+    every = range(a.n_layers)
+    return {
+        "half of the neurons": Plan.of(subject, dict.fromkeys(every, neurons)),
+        "half of the kv heads": Plan.of(subject, dict.fromkeys(every, groups)),
+        "two of 8 blocks": Plan.of(subject, drop=[3, 4]),
+        "all three": Plan.of(subject, dict.fromkeys(every, neurons | groups), drop=[3, 4]),
+    }
+
+
+def prompt_of(rows: int) -> Tensor:
+    return torch.randint(5, 1200, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
+
+
+def exported(subject: Subject, folder: Path) -> Subject:
+    """The pruned model as a folder that is loaded again."""
+    export(subject, folder / "small")
+    return Subject.load(folder / "small", verify=False)
+
+
+def matches(quick: bool) -> Iterator[Match]:
+    """The rows of the table, on one thread; dense is the peer."""
+    torch.set_num_threads(1)  # see main
+    subject = layer_subject(*WIDTHS[0 if quick else -1])
+    forms = forms_of(subject)
+    case, version = f"{subject.anatomy.d_model} x {subject.anatomy.d_mlp}", f"{version_of('torch')}, 1 thread"
+    for tokens in (1, 128):
+        x, repeats = random_input(subject, tokens), max(1, 64 // tokens)
+        sliced, dense = (timed(partial(feed, x, *forms[form], repeats), 1 / repeats) for form in ("sliced", "dense"))
+        what = f"pruning: one feed-forward block of {case}, half of its neurons, {tokens} tokens"
+        yield Match(what, "Prune, sliced", "dense", sliced, dense, version, rounds=ROUNDS)
+    whole, ids = realistic_subject(), prompt_of(1 if quick else ROWS)
+    with tempfile.TemporaryDirectory() as folder, whole.under(Prune(plans(whole)["all three"])):
+        small = exported(whole, Path(folder))
+    sliced, dense = (timed(partial(write, one, ids)) for one in (small, whole))
+    cut = "8 blocks of 512, half of the neurons and key/value heads, 2 blocks left out"
+    what = f"pruning: {cut}: {ids.numel()} tokens, {NEW} more"
+    yield Match(what, "Prune, exported, loaded", "dense", sliced, dense, version)
 
 
 def main() -> None:

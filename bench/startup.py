@@ -7,15 +7,20 @@ Each import runs in a fresh interpreter; PyTorch and transformers alone stand be
 
 from __future__ import annotations
 
+import platform
 import statistics
 import subprocess
 import sys
-import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from _timing import medians, record
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench._match import Match, Side, version_of
+from bench._timing import medians, record, seconds_of
 from workbench import Site, Steer, Subject
 from workbench.organism import FOLDER
 
@@ -26,17 +31,32 @@ IMPORTS = {
 }
 
 
+def matches(quick: bool) -> Iterator[Match]:
+    """The rows of the table: a fresh interpreter up to the end of one import."""
+    menu, needs = IMPORTS["from workbench import Subject"], IMPORTS["torch and transformers alone"]
+    libraries = f"{version_of('torch')}, {version_of('transformers')}"
+    what, often = "import in a fresh interpreter", (1, False) if quick else (5, True)
+    rivals = (
+        (menu, "torch and transformers alone", needs, libraries),
+        (menu, "import nnsight", "import nnsight", version_of("nnsight")),
+        (IMPORTS["import workbench"], "an empty interpreter", "pass", f"Python {platform.python_version()}"),
+    )
+    for ours, peer, theirs, version in rivals:
+        yield Match(what, ours, peer, fresh(ours), fresh(theirs), version, None, *often)
+
+
+def fresh(statement: str) -> Side:
+    """A side that is measured in seconds of an interpreter that runs one statement."""
+    return lambda: {"seconds": statement_seconds(statement)}
+
+
+def statement_seconds(statement: str) -> float:
+    return seconds_of(lambda: subprocess.run([sys.executable, "-c", statement], check=True))
+
+
 def import_seconds(statement: str, repeats: int = 5) -> float:
     """Median seconds of an interpreter that runs one statement, less one that runs nothing."""
-    spent = []
-    for _ in range(repeats):
-        times = []
-        for code in (statement, "pass"):
-            started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True)
-            times.append(time.perf_counter() - started)
-        spent.append(times[0] - times[1])
-    return statistics.median(spent)
+    return statistics.median(statement_seconds(statement) - statement_seconds("pass") for _ in range(repeats))
 
 
 def main() -> None:

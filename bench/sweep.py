@@ -17,12 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
-from _timing import peak_mb, record
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench._match import Match, Side, version_of
+from bench._timing import peak_mb, record
 from workbench.grid import axes_of
 from workbench.sweep import survey
 from workbench.sweep.loop import drive
@@ -96,7 +100,7 @@ def small(way: str, n_runs: int) -> dict[str, object]:
         cell = nbformat.v4.new_code_cell("seed: int = 0", metadata={"tags": ["parameters"]})
         nbformat.write(nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_code_cell("seed + 1")]), path)
         started = time.perf_counter()
-        if way == "papermill in a loop":
+        if way == LOOP:
             import papermill
 
             settings: dict[str, Any] = {"kernel_name": "python3", "language": "python", "progress_bar": False}
@@ -106,7 +110,8 @@ def small(way: str, n_runs: int) -> dict[str, object]:
         else:
             words = [sys.executable, "-m", "workbench.cli", "sweep", str(path), "-p", f"seed=0..{n_runs - 1}"]
             words += ["--runs", folder, "--workers", way.split()[2]]
-            subprocess.run(words, check=True, capture_output=True)
+            done = subprocess.run(words, capture_output=True, text=True)
+            assert done.returncode == 0, f"{way}: {' '.join((done.stdout + done.stderr).split())[-300:]}"
         seconds = time.perf_counter() - started
     return {"what": way, "n_runs": n_runs, "seconds": seconds, "ms_per_run": 1e3 * seconds / n_runs}
 
@@ -114,8 +119,29 @@ def small(way: str, n_runs: int) -> dict[str, object]:
 def alone(function: str, *arguments: object) -> dict[str, object]:
     """What a function of this file returns in a process of its own, whose peak of memory is then its own too."""
     words = [sys.executable, __file__, function, json.dumps(arguments)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{function}{arguments}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+LOOP = "papermill in a loop"
+
+
+def matches(quick: bool) -> Iterator[Match]:
+    """The rows of the table: seconds per run, the start of workers included."""
+    n_runs = 4 if quick else N_SMALL // 2
+    for workers in (2,) if quick else (1, 2):
+        what = f"sweep of {n_runs} runs of a notebook that does next to nothing, start included"
+        sides = per_run(f"sweep --workers {workers}", n_runs), per_run(LOOP, n_runs)
+        rounds = 1 if quick else 3
+        yield Match(
+            what, f"workbench sweep --workers {workers}", LOOP, *sides, version_of("papermill"), None, rounds, False
+        )
+
+
+def per_run(way: str, n_runs: int) -> Side:
+    return lambda: {"ms per run": float(str(alone("small", way, n_runs)["ms_per_run"]))}
 
 
 def main() -> None:
@@ -123,7 +149,7 @@ def main() -> None:
     for sleep_s in (1.0, 0.0):
         for way in ("one task per free place", "all at once"):
             rows.append(alone("simulate", way, N_RUNS, N_WORKERS, sleep_s))
-    for way in ("papermill in a loop", "sweep --workers 1 (start included)", "sweep --workers 2 (start included)"):
+    for way in (LOOP, "sweep --workers 1 (start included)", "sweep --workers 2 (start included)"):
         rows.append(alone("small", way, N_SMALL))
     for row in rows:
         sleep = f", sleeping {row['sleep_s']} s" if "sleep_s" in row else ""
