@@ -1,4 +1,4 @@
-# make demo      run the first two notebooks on the shipped model and write one page of what they found
+# make demo      run three notebooks on the shipped model and write one page of what they found
 # make lab       open JupyterLab on the notebooks
 # make test      run the tests, several at a time (ARGS='-k steering' picks some; JOBS=0: one by one)
 # make check     format, lint and types
@@ -40,8 +40,9 @@ demo: export HF_HUB_OFFLINE := 1
 demo: $(STAMP)
 	@$(BIN) -m workbench.cli run notebooks/00_start_here.ipynb
 	@$(BIN) -m workbench.cli run notebooks/10_hftp.ipynb
+	@$(BIN) -m workbench.cli run notebooks/90_compose.ipynb
 	@echo
-	@$(BIN) -m workbench.cli runs report 00_start_here 10_hftp
+	@$(BIN) -m workbench.cli runs report 00_start_here 10_hftp 90_compose
 	@echo
 	@echo "next: make lab      or: .venv/bin/workbench run notebooks/10_hftp.ipynb -p seed=1"
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from workbench.methods.steering.grains import grains_direction
     from workbench.methods.steering.pairs import contrastive_pairs, principal_direction, single_pair
     from workbench.methods.steering.target import Target
+    from workbench.prefix import PrefixStates
     from workbench.probe import Probe
     from workbench.probes.answer_rates import AnswerRates
     from workbench.probes.bit_search import BitSearch, search_bits
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from workbench.runs.runs import Runs
     from workbench.site import Site, sites
     from workbench.strength import strength_for_kl
+    from workbench.studies.cross import CrossStudy
+    from workbench.studies.crossed import CrossResult, gathered
     from workbench.subject import Subject
     from workbench.toggle import Toggle
     from workbench.toggles.carve_moe import CarveMoE
@@ -162,6 +165,10 @@ _HOME = {
     "StripRow": "widgets.strip",
     "TokenStrip": "widgets.strip",
     "ComposeDesk": "widgets.compose",
+    "CrossStudy": "studies.cross",
+    "CrossResult": "studies.crossed",
+    "gathered": "studies.crossed",
+    "PrefixStates": "prefix",
 }
 
 __all__ = [
@@ -183,6 +190,8 @@ __all__ = [
     "Contrast",
     "Cost",
     "Counterfactual",
+    "CrossResult",
+    "CrossStudy",
     "Deactivation",
     "Dice",
     "Direction",
@@ -200,6 +209,7 @@ __all__ = [
     "LowRankKV",
     "NeuronTokens",
     "Plan",
+    "PrefixStates",
     "Probe",
     "ProjectOut",
     "Prune",
@@ -236,6 +246,7 @@ __all__ = [
     "explore",
     "export",
     "frontier",
+    "gathered",
     "grains_direction",
     "load_bitmap",
     "load_pruned",
