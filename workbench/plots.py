@@ -24,7 +24,7 @@ PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK, YELLOW)  # yello
 # Groups also differ in dash and marker, so that a figure survives a black-and-white printer.
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
-TITLE_WIDTH = 90
+TITLE_WIDTH = 80  # characters: with 15 pixels high letters they fit a notebook in a window of 800 pixels
 LINE_HEIGHT = 22
 
 
@@ -253,14 +253,21 @@ def passages(
 def laid_out(
     figure: go.Figure, title: str, x_title: str, y_title: str, *, log_x: bool = False, log_y: bool = False
 ) -> go.Figure:
-    """The project's layout: the finding on top in lines of at most 90 characters, axes with titles, white ground.
+    """The project's layout: the finding on top in lines of at most 80 characters, axes with titles, white ground.
 
     The legend stands to the right of the axes, where it can meet neither title nor curves.
     """
     rows = wrapped(title)
     figure.update_layout(
         template="plotly_white",
-        title={"text": "<br>".join(rows), "x": 0.0, "xref": "paper", "xanchor": "left", "font": {"size": 16}},
+        title={
+            "text": "<br>".join(rows),
+            "x": 0.0,
+            "xref": "container",
+            "xanchor": "left",
+            "pad": {"l": 36},  # right of the title of the y axis, which may be longer than the axis
+            "font": {"size": 15},
+        },
         margin={"t": 34 + LINE_HEIGHT * max(1, len(rows)), "l": 70, "r": 30, "b": 60},
         height=380 + LINE_HEIGHT * len(rows),
         font={"size": 13, "color": BLACK},
@@ -273,7 +280,7 @@ def laid_out(
 
 
 def wrapped(title: str) -> list[str]:
-    """A title in lines of at most 90 characters; line breaks that are in it stay."""
+    """A title in lines of at most 80 characters; line breaks that are in it stay."""
     return [row for part in title.split("<br>") for row in textwrap.wrap(part, TITLE_WIDTH)]
 
 

@@ -13,10 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from workbench.cli import machine, run, runs, sweep, upkeep
+from workbench.cli import demo, machine, run, runs, sweep, upkeep
+from workbench.cli.choosing import check_root
 
 TRACEBACK_VARIABLE = "WORKBENCH_TRACEBACK"  # set it to see where an error comes from
-FAMILIES = (run, sweep, machine, runs, upkeep)  # in the order of `workbench --help`
+FAMILIES = (run, sweep, machine, demo, runs, upkeep)  # in the order of `workbench --help`
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(words: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" instead of an error
     arguments = _parser().parse_args(words)
     try:
+        check_root(arguments)
         code = arguments.action(arguments)
         sys.stdout.flush()
         return code

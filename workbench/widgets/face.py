@@ -71,8 +71,8 @@ class Face(ipywidgets.VBox):
 
     def __init__(self, desk: Moved, *, later: Later = soon, keeps: bool = True) -> None:
         self.desk, self.keeps = desk, keeps
-        self.figure = go.FigureWidget()
-        self.figure._config = {"responsive": True}  # or it keeps its first width, and a narrower window cuts it
+        self.figure: Any = go.Figure()  # a FigureWidget from the first picture on
+        self._figures = ipywidgets.VBox()
         self.busy = ipywidgets.HTML().add_class("workbench-busy")
         self.message = ipywidgets.HTML().add_class("workbench-message")
         self.words, self.panes, self.end = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
@@ -83,7 +83,7 @@ class Face(ipywidgets.VBox):
         self._newest: Newest[Moved, Answer] = Newest(answer, self._show, later)
         row = ipywidgets.HBox(list(self._controls.values())).add_class("workbench-controls")
         head = ipywidgets.HTML(LOOK + STYLE + f"<b>{html.escape(getattr(desk, 'question', ''))}</b>")
-        parts = [head, row, self.busy, self.message, self.words, self.panes, self._strips, self.figure, self.end]
+        parts = [head, row, self.busy, self.message, self.words, self.panes, self._strips, self._figures, self.end]
         super().__init__([OwnKeys(), *parts, *self._keep_row()])
         self.add_class("workbench-desk")
         self._ask()
@@ -108,13 +108,23 @@ class Face(ipywidgets.VBox):
         picture = answer.picture
         if picture is None:
             return
-        redraw(self.figure, picture.figure)
+        if self._figures.children:
+            redraw(self.figure, picture.figure)
+        else:
+            self._draw_first(picture.figure)
         self.words.value, self.panes.value, self.end.value = (
             picture.words_html(),
             picture.panes_html(),
             picture.end_html(),
         )
         self._show_strip(picture)
+
+    def _draw_first(self, drawn: go.Figure) -> None:
+        """The first picture comes whole: a page that still loads plotly misses what an empty figure is told."""
+        self.figure = go.FigureWidget(drawn)
+        self.figure._config = {"responsive": True}  # or it keeps its first width, and a narrower window cuts it
+        self.figure.layout.autosize = True
+        self._figures.children = (self.figure,)
 
     def _show_strip(self, picture: Picture) -> None:
         if picture.strip is None:
@@ -193,7 +203,7 @@ class ManySliders(ipywidgets.HBox):
 
     def __init__(self, control: Sliders, value: str) -> None:
         self.control = control
-        size = {"height": "110px", "width": "46px"}
+        size = {"height": "150px", "width": "46px", "overflow": "visible"}
         options = {"min": control.low, "max": control.high, "step": control.step, "orientation": "vertical"}
         self.sliders = [
             ipywidgets.FloatSlider(number, description=name, continuous_update=False, layout=size, **options)
@@ -217,6 +227,7 @@ class ManySliders(ipywidgets.HBox):
 
 def redraw(figure: go.FigureWidget, drawn: go.Figure) -> None:
     """Let `figure` show what `drawn` shows; traces of the same kinds are updated, others replaced."""
+    forgotten = _forgotten(figure.layout.to_plotly_json(), drawn.layout.to_plotly_json())
     with figure.batch_update():
         if [trace.type for trace in figure.data] == [trace.type for trace in drawn.data]:
             for old, new in zip(figure.data, drawn.data, strict=True):
@@ -226,7 +237,17 @@ def redraw(figure: go.FigureWidget, drawn: go.Figure) -> None:
             figure.data = ()
             figure.layout = drawn.layout
             figure.add_traces(drawn.data)
+        figure.update_layout(forgotten)
         figure.layout.autosize = True  # as wide as there is room
+
+
+def _forgotten(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """None wherever `old` says something and `new` nothing: a page goes on showing what it is not told to forget."""
+    found: dict[str, Any] = {name: None for name in old if name not in new}
+    for name in old:
+        if name in new and name != "template" and isinstance(old[name], Mapping):
+            found |= {name: inner} if (inner := _forgotten(old[name], new[name])) else {}
+    return found
 
 
 def _widget(control: Control, value: Any) -> Any:

@@ -1,0 +1,73 @@
+"""The room in a real browser: two visitors at the desks of one server, and no request that leaves the machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+PATIENCE_MS = 120_000  # for a first picture, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[str]:
+    """Where `workbench demo` serves a desk of the organism, two visitors at a time."""
+    pytest.importorskip("solara", reason="what serves a room is not installed: pip install 'workbench[demo]'")
+    folder = tmp_path_factory.mktemp("room")
+    words = ["-m", "workbench.cli", "demo", "steering", "--port", "0", "--visitors", "2"]
+    variables = os.environ | {"PYTHONPATH": str(root), "WORKBENCH_RUNS": str(folder / "runs")}
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+    assert process.stdout is not None
+    try:
+        said = next((line for line in process.stdout if "the room is open" in line), "")
+        assert said, (folder / "log.txt").read_text()
+        yield said.split()[4]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert not (folder / "runs").exists()
+
+
+def picture(page: Page) -> str:
+    """The title of the figure, once there is one."""
+    title = page.locator(".js-plotly-plot .gtitle")
+    expect(title).not_to_be_empty(timeout=PATIENCE_MS)
+    expect(page.locator(".workbench-busy")).to_contain_text("answered in", timeout=PATIENCE_MS)
+    return title.text_content() or ""
+
+
+def test_two_visitors_move_their_own_desks_and_a_third_waits(
+    address: str, page: Callable[..., Page], screenshot: Callable[..., Path], troubles: object
+) -> None:
+    one, two = page(), page(800)
+    one.goto(address)
+    screenshot(one, "room_index")
+    one.get_by_role("link", name="steering").click()
+    two.goto(f"{address}/steering")
+    first, second = picture(one), picture(two)
+    assert first == second and "layer 3" in first
+    one.locator(".widget-slider", has_text="layer").get_by_role("slider").focus()
+    one.keyboard.press("ArrowRight")
+    expect(one.locator(".js-plotly-plot .gtitle")).to_contain_text("layer 4", timeout=PATIENCE_MS)
+    assert picture(two) == second
+    two.get_by_role("button", name="Keep this").click()
+    expect(two.locator(".workbench-kept")).to_contain_text("workbench run notebooks/71", timeout=PATIENCE_MS)
+    screenshot(one, "room_1400", full_page=True)
+    screenshot(two, "room_800", full_page=True)
+    troubles.expected.append("503")  # type: ignore[attr-defined]
+    third = page()
+    third.goto(f"{address}/steering")
+    expect(third.locator("h1")).to_have_text("The room is full")
+    one.close()
+    third.wait_for_timeout(500)
+    third.reload()
+    assert picture(third) == second
