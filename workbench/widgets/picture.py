@@ -112,6 +112,11 @@ class DeskResult(Result):
         return go.Figure(json.loads(self.drawn))
 
 
+def lines_of(prompts: Sequence[str], texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The lines of a pane: each prompt, and what came after it."""
+    return tuple((f"{prompt} →", text.strip()) for prompt, text in zip(prompts, texts, strict=True))
+
+
 def facts_table(facts: Sequence[Fact]) -> pd.DataFrame:
     """One row per fact: measure, value, unit, low, high."""
     rows = [(fact.measure, float(fact.value), fact.unit, fact.low, fact.high) for fact in facts]
