@@ -17,24 +17,27 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 YARD = ": perplexity"  # ends the name of a dashed curve
-CELL, LEFT = 44, 330  # pixels of a row; of what stands around it
+CELL, AROUND = 38, 260  # pixels of a row; of what stands above and below
 
 
 def matrix(table: Any, title: str, measures: list[str]) -> Figure:
-    """Damage of every measure under every kind, at one share of each: kinds, then controls, noise and floor."""
+    """Damage of every measure under every kind, at one share of each: kinds, then controls, noise and floor.
+
+    Kinds are rows: there are more of them than measures, and a notebook is longer than it is wide.
+    """
     kinds = [*dict.fromkeys(table["kind"])]
     group = np.where(table["family"] == "", 2, table["control"].astype(int))
     place = group * len(kinds) + table["kind"].map(kinds.index)
     order = table["measure"].map(measures.index)
-    table = table.assign(order=order, place=place).sort_values(["order", "place"])
+    table = table.assign(order=order, place=place).sort_values(["place", "order"])
     titles: dict[str, Any] = {"x_title": "", "y_title": "", "value_title": "damage"}
-    figure = plots.heatmap(table, "kind", "measure", "damage", title=title, span=(0.0, 1.0), **titles)
+    figure = plots.heatmap(table, "measure", "kind", "damage", title=title, span=(0.0, 1.0), **titles)
     texts = {(row["measure"], row["kind"]): _cell(row) for row in table.to_dict("records")}
     cells: Any = figure.data[0]
-    shown = [[texts.get((measure, kind), "") for kind in cells.x] for measure in cells.y]
+    shown = [[texts.get((measure, kind), "") for measure in cells.x] for kind in cells.y]
     cells.update(text=shown, texttemplate="%{text}", textfont={"size": 11})
     figure.update_xaxes(tickangle=-35)
-    return figure.update_layout(height=LEFT - 60 + CELL * len(measures), width=LEFT + 64 * len(kinds))
+    return figure.update_layout(height=AROUND + CELL * len(kinds))
 
 
 def frontier(table: Any, measure: str, family: str, model: str) -> Figure:
