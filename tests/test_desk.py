@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
@@ -16,7 +17,7 @@ from workbench.folder import RUN_VARIABLE, RUNS_VARIABLE
 from workbench.memo import Memo
 from workbench.widgets.controls import Choice, Control, Slider, Sliders, Switch, Text
 from workbench.widgets.desk import Desk
-from workbench.widgets.face import Face, redraw
+from workbench.widgets.face import Face, redraw, sendable
 from workbench.widgets.newest import Newest
 from workbench.widgets.picture import Fact, Pane, Picture
 from workbench.widgets.strip import Strip, StripRow
@@ -282,3 +283,10 @@ def test_a_batch_run_shows_the_static_twin(toy: Toy, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv(RUN_VARIABLE)
     toy._ipython_display_()
     assert isinstance(shown[-1], Face)
+
+
+def test_what_json_can_not_say_is_sent_as_nothing() -> None:
+    trace = go.Scatter(x=[0.0, float("nan")], y=np.array([1.0, np.inf]), customdata=[[float("inf")]])
+    sent = sendable(trace)
+    assert sent["x"] == [0.0, None] and sent["customdata"] == [[None]]
+    assert isinstance(sent["y"], np.ndarray), "arrays go as bytes, which hold every number"

@@ -243,7 +243,7 @@ def test_a_study_saves_and_loads_and_draws(small, tmp_path):
         title = str(loaded.plot(view).layout.title.text)
         assert title == str(small.plot(view).layout.title.text) and len(title) > 20
     drawn: Any = loaded.plot("matrix").data
-    assert drawn[0].z.shape == (len(small.measures), 4)
+    assert drawn[0].z.shape == (4, len(small.measures))
     for family in small.views()["family"]:
         drawn = loaded.plot("frontier", "recall", family).data
         assert [trace.line.dash for trace in drawn] == ["solid", "dash"]  # of one kind: the measure and perplexity

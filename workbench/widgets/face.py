@@ -6,6 +6,7 @@ A change marks the face busy at once and asks for a new picture; the newest ques
 from __future__ import annotations
 
 import html
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, Protocol, Self
 
 import ipywidgets
 import plotly.graph_objects as go
+from plotly.io.json import to_json_plotly
 
 from workbench.widgets.controls import Choice, Control, Slider, Sliders, Switch, Text
 from workbench.widgets.newest import Later, Newest, soon
@@ -121,7 +123,7 @@ class Face(ipywidgets.VBox):
 
     def _draw_first(self, drawn: go.Figure) -> None:
         """The first picture comes whole: a page that still loads plotly misses what an empty figure is told."""
-        self.figure = go.FigureWidget(drawn)
+        self.figure = go.FigureWidget([sendable(trace) for trace in drawn.data], drawn.layout)
         self.figure._config = {"responsive": True}  # or it keeps its first width, and a narrower window cuts it
         self.figure.layout.autosize = True
         self._figures.children = (self.figure,)
@@ -225,29 +227,46 @@ class ManySliders(ipywidgets.HBox):
             slider.observe(lambda _: moved({"new": self.value}), names="value")
 
 
-def redraw(figure: go.FigureWidget, drawn: go.Figure) -> None:
-    """Let `figure` show what `drawn` shows; traces of the same kinds are updated, others replaced."""
-    forgotten = _forgotten(figure.layout.to_plotly_json(), drawn.layout.to_plotly_json())
+def sendable(trace: Any) -> dict[str, Any]:
+    """A trace with None for what a list holds and JSON can't say: NaN and infinity. Arrays go as bytes."""
+    return _said(trace.to_plotly_json())
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _said(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_said(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def redraw(figure: Any, drawn: Any) -> None:
+    """Let a FigureWidget show what the figure `drawn` shows; traces of the same kinds are updated, others replaced.
+
+    What did not change is not sent: a layout whole is 8 kB, and the page lays everything out again for it.
+    """
+    before, after = _parts(figure), _parts(drawn) | {"autosize": True}  # as wide as there is room
+    layout = {name: after.get(name) for name in {*before, *after} if not _alike(before.get(name), after.get(name))}
     with figure.batch_update():
         if [trace.type for trace in figure.data] == [trace.type for trace in drawn.data]:
             for old, new in zip(figure.data, drawn.data, strict=True):
-                old.update(new.to_plotly_json(), overwrite=True)
-            figure.layout = drawn.layout
+                given = sendable(new)
+                gone = {name: None for name in old.to_plotly_json() if name not in given and name != "uid"}
+                old.update(gone | given, overwrite=True)
         else:
             figure.data = ()
-            figure.layout = drawn.layout
-            figure.add_traces(drawn.data)
-        figure.update_layout(forgotten)
-        figure.layout.autosize = True  # as wide as there is room
+            figure.add_traces([sendable(trace) for trace in drawn.data])
+        figure.update_layout(layout, overwrite=True)
 
 
-def _forgotten(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """None wherever `old` says something and `new` nothing: a page goes on showing what it is not told to forget."""
-    found: dict[str, Any] = {name: None for name in old if name not in new}
-    for name in old:
-        if name in new and name != "template" and isinstance(old[name], Mapping):
-            found |= {name: inner} if (inner := _forgotten(old[name], new[name])) else {}
-    return found
+def _parts(figure: Any) -> dict[str, Any]:
+    """The layout by name."""
+    return figure.layout.to_plotly_json()
+
+
+def _alike(before: Any, after: Any) -> bool:
+    """Whether a page would show the same: lists, tuples and arrays of the same numbers are."""
+    return to_json_plotly(before) == to_json_plotly(after)
 
 
 def _widget(control: Control, value: Any) -> Any:
