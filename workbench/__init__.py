@@ -75,8 +75,10 @@ if TYPE_CHECKING:
     from workbench.toggles.steer import Clamp, ProjectOut, Steer
     from workbench.toggles.weighted import WeightedSteer
     from workbench.warm import WarmKernels
+    from workbench.widgets.cache import CacheDesk
     from workbench.widgets.compose import ComposeDesk
     from workbench.widgets.explore import explore
+    from workbench.widgets.pruning import PruningDesk
     from workbench.widgets.steering import SteeringDesk
     from workbench.widgets.strip import Strip, StripRow, TokenStrip
 
@@ -169,6 +171,8 @@ _HOME = {
     "CrossResult": "studies.crossed",
     "gathered": "studies.crossed",
     "PrefixStates": "prefix",
+    "CacheDesk": "widgets.cache",
+    "PruningDesk": "widgets.pruning",
 }
 
 __all__ = [
@@ -178,6 +182,7 @@ __all__ = [
     "BitPlan",
     "BitSearch",
     "BlockInfluence",
+    "CacheDesk",
     "CacheFrontier",
     "CacheLoss",
     "CarveMoE",
@@ -214,6 +219,7 @@ __all__ = [
     "ProjectOut",
     "Prune",
     "PruningCurve",
+    "PruningDesk",
     "PruningScores",
     "PyramidInfer",
     "QuantizeKV",

@@ -123,9 +123,9 @@ class Face(ipywidgets.VBox):
 
     def _draw_first(self, drawn: go.Figure) -> None:
         """The first picture comes whole: a page that still loads plotly misses what an empty figure is told."""
-        self.figure = go.FigureWidget([sendable(trace) for trace in drawn.data], drawn.layout)
+        layout = drawn.layout.to_plotly_json() | {"autosize": True}  # as wide as there is room
+        self.figure = go.FigureWidget([sendable(trace) for trace in drawn.data], layout)
         self.figure._config = {"responsive": True}  # or it keeps its first width, and a narrower window cuts it
-        self.figure.layout.autosize = True
         self._figures.children = (self.figure,)
 
     def _show_strip(self, picture: Picture) -> None:

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from itertools import islice
 
-from workbench.corpora import requests, stories
+from workbench.corpora import PHENOMENA, Split, requests, stories, streams
 from workbench.subject import Subject
 
 ENGLISH_PROMPTS = ("Once upon a time there was a", "The capital of France is", "Tell me how to bake bread.")
@@ -18,6 +18,20 @@ ENGLISH_TEXTS = (
     "She opened the window because the room was warm, and a bird flew in.",
     "In winter the days are short and the nights are long and cold.",
     "They planted a tree in the garden, and after some years it gave apples.",
+)
+MORE_ENGLISH = (
+    "The king asked the queen where the crown was, and she laughed.",
+    "A dog barked at the cat until the cat ran up a tall tree.",
+    "He paid three dollars for the bread and two for the milk.",
+    "The train from Paris to Berlin leaves at seven in the evening.",
+    "Water boils when it is hot enough, and ice melts in the sun.",
+    "My sister plays the violin, but my brother plays football.",
+    "The doctor said that the child would be well again by Monday.",
+    "We saw the moon over the mountains and heard an owl in the dark.",
+    "If you mix blue paint with yellow paint, you get green paint.",
+    "The teacher wrote a number on the board and asked for its square.",
+    "They did not open the door, because nobody had knocked.",
+    "Last year the city built a new bridge over the river.",
 )
 
 
@@ -40,6 +54,21 @@ def texts(subject: Subject, n: int = 4) -> tuple[str, ...]:
     if not knows_our_words(subject):
         return ENGLISH_TEXTS[:n]
     return _stories()[:n]
+
+
+def openings(subject: Subject, n: int = 3) -> tuple[str, ...]:
+    """Beginnings that leave the next word open: of sentences up to their verb, or plain English."""
+    if not knows_our_words(subject):
+        return ENGLISH_PROMPTS[:n]
+    return tuple(" ".join(sentence[:3]) for sentence in streams.corpus("four", n).sentences)
+
+
+def sample(subject: Subject, n_each: int = 8) -> tuple[str, ...]:
+    """Texts of many kinds, to watch neurons on: held-out ones of every phenomenon, or plain English."""
+    if not knows_our_words(subject):
+        return ENGLISH_TEXTS + MORE_ENGLISH
+    kinds = (phenomenon.documents("held_out", 0) for phenomenon in PHENOMENA.values())
+    return tuple(document.text for documents in kinds for document in islice(documents, n_each))
 
 
 @functools.cache
@@ -70,3 +99,30 @@ def _topic(topic: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def lines(text: str) -> tuple[str, ...]:
     """The prompts that a text area holds, one per line."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def by_kind(subject: Subject, split: Split, n_words: int = 48) -> dict[str, str]:
+    """Name -> a text of each kind that the subject was raised on, of about so many words; else plain English."""
+    if knows_our_words(subject):
+        return {name: _piece(name, split, n_words) for name in PHENOMENA}
+    half = (ENGLISH_TEXTS + MORE_ENGLISH)[split == "held_out" :: 2]
+    return {f"text {number}": text for number, text in enumerate(half, 1)}
+
+
+@functools.cache
+def _piece(name: str, split: Split, n_words: int) -> str:
+    """Whole documents of one kind, up to the first that makes them long enough; no more than twice as long."""
+    words: list[str] = []
+    for document in PHENOMENA[name].documents(split, 0):
+        words += document.words
+        if len(words) >= n_words:
+            break
+    return " ".join(words[: 2 * n_words])
+
+
+def edited_prompt(subject: Subject) -> tuple[str, str]:
+    """The beginning of a story, and the same with one word changed that leaves open how it goes on."""
+    if not knows_our_words(subject):
+        tale = "Once upon a time there was a little girl named {}. One day,"
+        return tale.format("Lily"), tale.format("Anna")
+    return "one morning the sailor", "one morning the fisherman"
