@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from workbench.warm import WarmKernels
     from workbench.widgets.cache import CacheDesk
     from workbench.widgets.compose import ComposeDesk
+    from workbench.widgets.dice import DiceDesk
     from workbench.widgets.explore import explore
     from workbench.widgets.pruning import PruningDesk
     from workbench.widgets.steering import SteeringDesk
@@ -173,6 +174,7 @@ _HOME = {
     "PrefixStates": "prefix",
     "CacheDesk": "widgets.cache",
     "PruningDesk": "widgets.pruning",
+    "DiceDesk": "widgets.dice",
 }
 
 __all__ = [
@@ -199,6 +201,7 @@ __all__ = [
     "CrossStudy",
     "Deactivation",
     "Dice",
+    "DiceDesk",
     "Direction",
     "DirectionSearch",
     "DropBlocks",
