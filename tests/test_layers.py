@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SUBJECT = {"subject", "prefix", "capture", "card", "generation", "loading", "reading", "remote", "stack", "step", "tokens"}
+SUBJECT = {
+    "subject",
+    "prefix",
+    "capture",
+    "card",
+    "generation",
+    "loading",
+    "reading",
+    "remote",
+    "stack",
+    "step",
+    "tokens",
+}
 CACHES = {"cache", "fused", "pruned"}
 LAYERS = (  # from the top; a name stands for the module and, for a folder, for everything in it
     {"cli"},

@@ -79,6 +79,8 @@ if TYPE_CHECKING:
     from workbench.widgets.compose import ComposeDesk
     from workbench.widgets.dice import DiceDesk
     from workbench.widgets.explore import explore
+    from workbench.widgets.lens import LensDesk
+    from workbench.widgets.neuron import NeuronDesk
     from workbench.widgets.pruning import PruningDesk
     from workbench.widgets.steering import SteeringDesk
     from workbench.widgets.strip import Strip, StripRow, TokenStrip
@@ -175,6 +177,8 @@ _HOME = {
     "CacheDesk": "widgets.cache",
     "PruningDesk": "widgets.pruning",
     "DiceDesk": "widgets.dice",
+    "NeuronDesk": "widgets.neuron",
+    "LensDesk": "widgets.lens",
 }
 
 __all__ = [
@@ -212,9 +216,11 @@ __all__ = [
     "LatentLanguage",
     "LayerMenu",
     "LayerPlan",
+    "LensDesk",
     "LoRA",
     "LogitLens",
     "LowRankKV",
+    "NeuronDesk",
     "NeuronTokens",
     "Plan",
     "PrefixStates",
