@@ -209,7 +209,7 @@ class ComposeDesk(Desk):
         ranked = table[table["condition"] == last].sort_values("kept")
         worst, best = ranked.iloc[0], ranked.iloc[-1]
         title = f"{best['mechanism'].capitalize()} keeps {best['kept']:.0%}, {worst['mechanism']} {worst['kept']:.0%}"
-        options = {"title": f"{title} ({worst['condition']})", "x_title": "", "y_title": "", "value_title": "kept"}
+        options: dict[str, Any] = {"title": f"{title} ({worst['condition']})", "x_title": "", "y_title": "", "value_title": "kept"}
         return plots.heatmap(table, "condition", "mechanism", "kept", span=(0.0, 1.0), **options)
 
     def _code(self) -> str:

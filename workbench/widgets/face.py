@@ -189,8 +189,9 @@ class Face(ipywidgets.VBox):
         told = ipywidgets.HTML().add_class("workbench-kept")
 
         def keep(_: Any) -> None:
+            desk: Any = self.desk
             try:
-                said = str(self.desk.keep()) if self.keeps else self.desk.command()
+                said = str(desk.keep()) if self.keeps else desk.command()
             except (ValueError, OSError) as error:
                 self._tell(str(error))
                 return
