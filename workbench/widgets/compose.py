@@ -206,11 +206,13 @@ class ComposeDesk(Desk):
             )
         table = pd.DataFrame(rows, columns=["mechanism", "condition", "kept"])
         last = TOGETHER if len(self._slots) > 1 else table["condition"].iloc[-1]
-        ranked = table[table["condition"] == last].sort_values("kept")
+        ranked: Any = table[table["condition"] == last]
+        ranked = ranked.sort_values("kept")
         worst, best = ranked.iloc[0], ranked.iloc[-1]
         title = f"{best['mechanism'].capitalize()} keeps {best['kept']:.0%}, {worst['mechanism']} {worst['kept']:.0%}"
-        options: dict[str, Any] = {"title": f"{title} ({worst['condition']})", "x_title": "", "y_title": "", "value_title": "kept"}
-        return plots.heatmap(table, "condition", "mechanism", "kept", span=(0.0, 1.0), **options)
+        named: dict[str, Any] = {"x_title": "", "y_title": "", "value_title": "kept"}
+        title = f"{title} ({worst['condition']})"
+        return plots.heatmap(table, "condition", "mechanism", "kept", title=title, span=(0.0, 1.0), **named)
 
     def _code(self) -> str:
         stack = " | ".join(type(part).__name__ + "(…)" for part in self._all) or "Composed()"
