@@ -24,7 +24,7 @@ PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK, YELLOW)  # yello
 # Groups also differ in dash and marker, so that a figure survives a black-and-white printer.
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
-TITLE_WIDTH = 80  # characters: with 15 pixels high letters they fit a notebook in a window of 800 pixels
+TITLE_WIDTH = 74  # characters: with 15 pixels high letters they fit a notebook in a window of 800 pixels
 LINE_HEIGHT = 22
 
 
@@ -253,7 +253,7 @@ def passages(
 def laid_out(
     figure: go.Figure, title: str, x_title: str, y_title: str, *, log_x: bool = False, log_y: bool = False
 ) -> go.Figure:
-    """The project's layout: the finding on top in lines of at most 80 characters, axes with titles, white ground.
+    """The project's layout: the finding on top in lines of at most 74 characters, axes with titles, white ground.
 
     The legend stands to the right of the axes, where it can meet neither title nor curves.
     """
@@ -280,7 +280,7 @@ def laid_out(
 
 
 def wrapped(title: str) -> list[str]:
-    """A title in lines of at most 80 characters; line breaks that are in it stay."""
+    """A title in lines of at most 74 characters; line breaks that are in it stay."""
     return [row for part in title.split("<br>") for row in textwrap.wrap(part, TITLE_WIDTH)]
 
 

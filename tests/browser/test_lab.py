@@ -206,11 +206,13 @@ class Walk:
         return menus.first.locator("option").count() if menus.count() else 1
 
     def _controls(self) -> dict[str, Locator]:
-        """The controls that can be moved now, by their labels."""
-        label = f"(control) => control.closest('{ONE_CONTROL}').querySelector('label').textContent || 'nameless'"
-        choices = "(control) => control.options ? control.options.length : 2"
-        found = [control for control in self.desk.locator(CONTROLS).all() if control.evaluate(choices) > 1]
-        return {control.evaluate(label): control for control in found}
+        """The controls that can be moved now, by their labels; at rest, as a picture may show and hide some."""
+        self._at_rest()
+        label = f"control.closest('{ONE_CONTROL}').querySelector('label').textContent || 'nameless'"
+        choices = "control.options ? control.options.length : 2"
+        all_of_them = self.desk.locator(CONTROLS)
+        told = all_of_them.evaluate_all(f"(controls) => controls.map((control) => [{label}, {choices}])")
+        return {name: all_of_them.nth(place) for place, (name, choices) in enumerate(told) if choices > 1}
 
     def _changes_the_picture(self, control: Locator, stay: bool) -> bool:
         """Move a control, look, and unless it is to stay there move it back: another may matter only as it was."""
@@ -347,7 +349,8 @@ def test_a_notebook_outlives_a_reload_a_restart_and_an_interrupt(lab, open_noteb
     assert reading.page.locator(".jp-OutputArea-output").last.text_content().strip() == "'organism'"
 
 
-def test_a_notebook_can_be_read_in_the_dark(dark, open_notebook, screenshot):
+def test_a_notebook_can_be_read_in_the_dark(dark, open_notebook, screenshot, troubles):
+    troubles.expected.append("^console: Error: widget model not found")  # of a kernel that still runs; see the reload
     reading = open_notebook(QUICK)
     reading.page.locator("body[data-jp-theme-light=false]").wait_for(state="attached")
     reading.run_all()

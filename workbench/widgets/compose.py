@@ -81,7 +81,7 @@ class ComposeDesk(Desk):
         for slot in SLOTS:
             chosen = getattr(self, slot)
             slots.append(Choice(slot, slot, options=(NOTHING, *TOGGLES)))
-            slots.append(Slider(f"{slot}_cut", "taken away", chosen != NOTHING, 0.0, 1.0, 0.05))
+            slots.append(Slider(f"{slot}_cut", f"taken away by the {slot}", chosen != NOTHING, 0.0, 1.0, 0.05))
         return (
             Choice("view", "show", options=VIEWS),
             Choice("mechanism", "what is asked", one, options=tuple(_mechanisms())),

@@ -248,15 +248,16 @@ def redraw(figure: Any, drawn: Any) -> None:
     """
     before, after = _parts(figure), _parts(drawn) | {"autosize": True}  # as wide as there is room
     layout = {name: after.get(name) for name in {*before, *after} if not _alike(before.get(name), after.get(name))}
+    if [trace.type for trace in figure.data] != [trace.type for trace in drawn.data]:
+        figure.data = ()  # then the axes, then the new traces: cells on the axes of lines have no place
+        figure.update_layout(layout, overwrite=True)
+        figure.add_traces([sendable(trace) for trace in drawn.data])
+        return
     with figure.batch_update():
-        if [trace.type for trace in figure.data] == [trace.type for trace in drawn.data]:
-            for old, new in zip(figure.data, drawn.data, strict=True):
-                given = sendable(new)
-                gone = {name: None for name in old.to_plotly_json() if name not in given and name != "uid"}
-                old.update(gone | given, overwrite=True)
-        else:
-            figure.data = ()
-            figure.add_traces([sendable(trace) for trace in drawn.data])
+        for old, new in zip(figure.data, drawn.data, strict=True):
+            given = sendable(new)
+            gone = {name: None for name in old.to_plotly_json() if name not in given and name != "uid"}
+            old.update(gone | given, overwrite=True)
         figure.update_layout(layout, overwrite=True)
 
 

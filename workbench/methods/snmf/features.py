@@ -234,8 +234,8 @@ class SNMFResult(Result):
         drawn = some.assign(side=side, signed=some["score"] * some["sign"])
         title = f"{self._named(index)}{self._writes(index) or ' has no words'}"
         names: dict[str, Any] = {
-            "x_title": "token",
-            "y_title": "logit per unit of the feature, before the final norm's scale",
+            "x_title": "token (logits before the final norm's scale)",
+            "y_title": "logits per unit of feature",
         }
         return plots.bars(drawn, "token", "signed", color="side", title=title, **names)
 
