@@ -22,13 +22,24 @@ def test_the_example_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None
     assert len(re.findall(r"assistant : → sorry", printed)) == 3, "pushed towards refusal, all three are refused"
 
 
-def test_the_second_block_runs_on_the_names_of_the_first() -> None:
+def test_the_desk_is_kept_opened_again_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workbench import Subject
+
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"subject": Subject.organism()}
+    small = BLOCKS[1].replace('"method", "keep")', 'method=["none", "snapkv"])')
+    assert small != BLOCKS[1]
+    exec(compile(small, "README.md", "exec"), names)
+    assert (tmp_path / "cache.html").exists() and list(tmp_path.glob("runs/72_cache_desk/*/params.json"))
+
+
+def test_the_block_of_your_own_runs_on_the_names_of_the_first() -> None:
     from workbench import Subject
 
     names: dict = {}
     exec(compile(BLOCKS[0], "README.md", "exec"), names)
-    body = BLOCKS[1].replace('Subject.load("path/or/name")', "Subject.organism()")
-    assert body != BLOCKS[1]
+    body = BLOCKS[2].replace('Subject.load("path/or/name")', "Subject.organism()")
+    assert body != BLOCKS[2]
     names |= {"texts": names["harmless"]}
     exec(compile(body, "README.md", "exec"), names)
     assert isinstance(names["subject"], Subject) and tuple(names["capture"].values) == (names["Site"](4, "neurons"),)

@@ -133,8 +133,8 @@ class VisitorsFace(Face):
 def _solara(room: Room) -> Any:
     """Solara's pages, widgets and files, and nothing else of it."""
     try:
-        import solara  # pyright: ignore[reportMissingImports]
-        from reacton import ipywidgets as elements  # pyright: ignore[reportMissingImports]
+        solara: Any = importlib.import_module("solara")
+        elements: Any = importlib.import_module("reacton.ipywidgets")
         from solara.server import app, kernel_context, server, settings, starlette  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"demo: {error}. Install what serves a room: pip install 'workbench[demo]'") from error
