@@ -290,3 +290,23 @@ def test_what_json_can_not_say_is_sent_as_nothing() -> None:
     sent = sendable(trace)
     assert sent["x"] == [0.0, None] and sent["customdata"] == [[None]]
     assert isinstance(sent["y"], np.ndarray), "arrays go as bytes, which hold every number"
+
+
+@dataclass(frozen=True)
+class Fine(Toy):
+    """A desk whose slider moves by tenths."""
+
+    share: float = 0.1
+
+    notebook = "99_fine_desk"
+
+    def controls(self) -> tuple[Control, ...]:
+        return (*super().controls(), Slider("share", "share", low=0.0, high=1.0, step=0.1))
+
+
+def test_a_slider_under_the_readers_hand_is_not_set_back() -> None:
+    face = Face(Fine(Subject.tiny("llama", verify=False)))
+    slider, sent = face._controls["share"], []
+    slider.observe(lambda change: sent.append(change["new"]), names="value")
+    slider.value = 0.1 + 0.2  # as steps of tenths add up in a browser
+    assert face.desk.settings["share"] == 0.3 and sent == [0.1 + 0.2], "the page hears nothing back"

@@ -17,8 +17,8 @@ import plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 
 from workbench.widgets.controls import Choice, Control, Slider, Sliders, Switch, Text
+from workbench.widgets.manners import Manners
 from workbench.widgets.newest import Later, Newest, soon
-from workbench.widgets.own_keys import OwnKeys
 from workbench.widgets.picture import STYLE, Picture
 from workbench.widgets.strip import TokenStrip
 
@@ -86,7 +86,7 @@ class Face(ipywidgets.VBox):
         row = ipywidgets.HBox(list(self._controls.values())).add_class("workbench-controls")
         head = ipywidgets.HTML(LOOK + STYLE + f"<b>{html.escape(getattr(desk, 'question', ''))}</b>")
         parts = [head, row, self.busy, self.message, self.words, self.panes, self._strips, self._figures, self.end]
-        super().__init__([OwnKeys(), *parts, *self._keep_row()])
+        super().__init__([Manners(), *parts, *self._keep_row()])
         self.add_class("workbench-desk")
         self._ask()
 
@@ -157,7 +157,7 @@ class Face(ipywidgets.VBox):
         widget.layout.display = None if control.shown else "none"
 
         def moved(change: Mapping[str, Any]) -> None:
-            new = round(change["new"], 9) if isinstance(change["new"], float) else change["new"]  # 0.3, not 0.1 + 0.2
+            new = _plain(change["new"])
             if new != self._values[control.name]:
                 self._values[control.name] = new
                 self.change(**{control.name: new})
@@ -178,7 +178,7 @@ class Face(ipywidgets.VBox):
             if isinstance(control, Slider) and (widget.min, widget.max) != (control.low, control.high):
                 with widget.hold_trait_notifications():
                     widget.min, widget.max, widget.value = control.low, control.high, value
-            if widget.value != value:
+            if _plain(widget.value) != value:  # else a slider under the reader's hand would be set back
                 widget.value = value
             widget.layout.display = None if control.shown else "none"
 
@@ -269,6 +269,11 @@ def _parts(figure: Any) -> dict[str, Any]:
 def _alike(before: Any, after: Any) -> bool:
     """Whether a page would show the same: lists, tuples and arrays of the same numbers are."""
     return to_json_plotly(before) == to_json_plotly(after)
+
+
+def _plain(value: Any) -> Any:
+    """A slider's number without the noise of its steps: 0.3, where they add up to 0.30000000000000004."""
+    return round(value, 9) if isinstance(value, float) else value
 
 
 def _widget(control: Control, value: Any) -> Any:
