@@ -25,7 +25,7 @@ from workbench.widgets.strip import Strip, StripRow
 
 @dataclass(frozen=True)
 class Toy(Desk):
-    """A desk whose picture needs no model; size 13 can't be shown, and 14 is a defect."""
+    """A desk whose picture needs no model; size 13 can't be shown, 14 is a defect, 15 is interrupted."""
 
     kind: str = "bars"
     size: int = -1
@@ -57,6 +57,8 @@ class Toy(Desk):
             raise ValueError("size: got 13, which can't be shown. Choose another.")
         if self.size == 14:
             raise KeyError("a defect")
+        if self.size == 15:
+            raise KeyboardInterrupt
         table = self.once(("table", self.size), lambda: pd.DataFrame({"x": [0, 1], "y": [0.0, float(self.size)]}))
         draw = plots.bars if self.kind == "bars" else plots.lines
         row = StripRow(tuple(self.words.split()), (0.5,) * len(self.words.split()))
@@ -240,6 +242,8 @@ def test_what_goes_wrong_is_told_in_the_desk_and_the_last_picture_stays(toy: Toy
     assert "KeyError" in face.message.value and face.figure.layout.title.text == "size 3"
     face.change(size=99)
     assert "expected a number from 0 to 20" in face.message.value and face.desk.settings["size"] == 14
+    face._controls["size"].value = 15
+    assert "Interrupted" in face.message.value, "a kernel ends where it is interrupted outside of a cell"
     face._controls["size"].value = 8
     assert face.message.value == "" and face.figure.layout.title.text == "size 8"
 

@@ -32,14 +32,14 @@ from workbench.widgets.controls import Control
 from workbench.widgets.picture import STYLE, DeskResult, Picture, facts_table
 
 T = TypeVar("T")
-KEPT = "given"  # metadata of fields that are no settings: what a program hands over, such as its own directions
+GIVEN = "given"  # metadata of fields that are no settings: what a program hands over, such as its own directions
 PREFIX_BYTES = 2**29  # that the prefix states of one set of texts may take
 REMEMBERED = 512  # values that a desk and all made from it keep
 
 
 def given(**options: Any) -> Any:
     """A field that is no setting: a value that a program hands over, which no control and no parameter can hold."""
-    return field(kw_only=True, repr=False, metadata={KEPT: True}, **options)
+    return field(kw_only=True, repr=False, metadata={GIVEN: True}, **options)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Desk(ABC):
         """The settings by name with type and default, as a parameters cell declares them."""
         found = {}
         for item in dataclasses.fields(cls):
-            if item.name not in ("subject", "memo") and KEPT not in item.metadata:
+            if item.name not in ("subject", "memo") and GIVEN not in item.metadata:
                 found[item.name] = Parameter(item.name, str(item.type), False, item.default)
         return found
 

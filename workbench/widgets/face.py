@@ -59,6 +59,8 @@ def answer(desk: Moved) -> Answer:
         picture, error = desk.picture(), ""
     except ValueError as problem:  # a setting that can't be shown
         picture, error = None, str(problem)
+    except KeyboardInterrupt:  # outside of a cell it would end the kernel
+        picture, error = None, "Interrupted. The last picture stays."
     except Exception as problem:
         picture, error = None, f"{type(problem).__name__}: {problem}. The last picture stays."
     return Answer(picture, error, time.perf_counter() - started)
