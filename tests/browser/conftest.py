@@ -32,6 +32,7 @@ HERE = {"127.0.0.1", "localhost"}
 # No name but these is looked up, and no address but these is asked: what gets past the record below fails.
 OFFLINE = ("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost", "--disable-gpu")
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+ATTACHMENT = "attachment:"  # a picture inside a notebook, which JupyterLab asks for by this name before it puts it in
 PATIENCE_S = 120  # for JupyterLab to start and for a page to answer, on a busy machine; seconds on a free one
 
 
@@ -56,11 +57,13 @@ class Troubles:
         return [line for line in self.found if not any(re.search(pattern, line) for pattern in self.expected)]
 
     def _said(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
+        if message.type == "error" and not message.location.get("url", "").startswith(ATTACHMENT):
             self.found.append(f"console: {message.text} ({message.location.get('url', '')})")
 
     def _failed(self, request: Request) -> None:
-        if request.failure != "net::ERR_ABORTED":  # the page took it back itself, as when it is left
+        if request.failure != "net::ERR_ABORTED" and not request.url.startswith(
+            ATTACHMENT
+        ):  # the page took it back itself, as when it is left
             self.found.append(f"failed request: {request.url} {request.failure}")
 
     def _opened(self, socket: WebSocket) -> None:
@@ -68,7 +71,7 @@ class Troubles:
 
     def _asked(self, url: str) -> None:
         address = urlsplit(url)
-        if address.scheme not in ("blob", "data", "file", "about") and address.hostname not in HERE:
+        if address.scheme not in ("attachment", "blob", "data", "file", "about") and address.hostname not in HERE:
             self.found.append(f"request left the machine: {url}")
 
 

@@ -191,6 +191,7 @@ class ComposeDesk(Desk):
             title = f"Of {measure}, {kept[alone[0]]:.0%} is left under {alone[0]}" if alone else f"{measure}: untouched"
         scale = f"{measure} kept (1: as before, 0: gone)"
         figure = plots.bars(table, "condition", "kept", title=title, x_title=meaning, y_title=scale)
+        figure.update_xaxes(tickangle=-35)  # names reach to the left, where there is room
         return figure.add_hline(1.0, line={"color": plots.GREY, "width": 1, "dash": "dot"})
 
     def _every(self) -> go.Figure:

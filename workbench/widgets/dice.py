@@ -279,7 +279,8 @@ class DiceDesk(Desk):
         if before == same:
             return f"Token {number}: {way} {before} wins again{control}"
         new, old = (self._moved(throw, int(throw.chosen[text])) for text in (1, 0))
-        return f"Token {number}: {way} {same} ({new}) replaces {before} ({old}){control}"
+        first = "" if self.place else ", the first that changes"
+        return f"Token {number}{first}: {way} {same} ({new}) replaces {before} ({old}){control}"
 
     def _moved(self, throw: Throw, token: int) -> str:
         """The probability of a token before the edit and after it."""
