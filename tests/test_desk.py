@@ -145,7 +145,7 @@ def test_a_picture_tells_its_facts_and_escapes_what_it_was_given(toy: Toy) -> No
 def test_kept_settings_open_again_as_the_same_desk(toy: Toy, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RUNS_VARIABLE, str(tmp_path))
     changed = toy.changed(size=7, words="it's three 'words'")
-    run = changed.keep()
+    run = changed.to_run()
     assert (
         "workbench run notebooks/99_toy_desk.ipynb -p model=tiny:llama:0" in run.command
         and "size=7" in run.command

@@ -14,6 +14,7 @@ from families import subclasses_in, subject_of
 
 import workbench.widgets
 from workbench import Result, Subject
+from workbench.folder import RUNS_VARIABLE
 from workbench.parameters import TAG, declared
 from workbench.widgets.desk import Desk
 from workbench.widgets.face import Face
@@ -132,6 +133,20 @@ def test_the_static_twin_holds_no_script_and_the_result_is_kept_whole(
     assert result.settings == desk.settings and len(result.finding) > 20
     assert list(result.table().columns) == list(result.columns) and len(result.table())
     assert f"notebooks/{desk.notebook}.ipynb" in desk.command()
+
+
+@each_desk
+def test_keep_this_writes_a_run_that_opens_as_the_same_desk(
+    desk_class: type[Desk], organism: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUNS_VARIABLE, str(tmp_path))
+    assert not [name for name in desk_class.parameters() if hasattr(Desk, name)], "a setting would hide a method"
+    face = Face(desk_class(organism))
+    button, told = face.children[-1].children
+    button.click()
+    (folder,) = (tmp_path / desk_class.notebook).iterdir()
+    assert folder.name in told.value and face.message.value == ""
+    assert desk_class.from_run(folder.name, organism) == face.desk
 
 
 @each_desk

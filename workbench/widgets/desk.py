@@ -149,7 +149,7 @@ class Desk(ABC):
         result = DeskResult(settings=self.settings, facts=facts_table(picture.facts), drawn=drawn)
         return result.stamped(stamp)
 
-    def keep(self) -> Run:
+    def to_run(self) -> Run:
         """Write the settings down as the parameters of a run of the notebook, whose command the run tells."""
         run = Run.start(self.notebook, model=self.subject.name, **self.settings)
         run.keep("desk", self.result())

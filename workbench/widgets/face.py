@@ -193,7 +193,7 @@ class Face(ipywidgets.VBox):
         def keep(_: Any) -> None:
             desk: Any = self.desk
             try:
-                said = str(desk.keep()) if self.keeps else desk.command()
+                said = str(desk.to_run()) if self.keeps else desk.command()
             except (ValueError, OSError) as error:
                 self._tell(str(error))
                 return
