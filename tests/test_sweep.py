@@ -453,10 +453,16 @@ def test_a_dry_run_shows_every_run_and_writes_nothing(tmp_path, tiny, capsys):
         (["-p", "seed"], "workbench: -p: got 'seed', expected NAME=VALUES"),
         (["--grid", "none.yaml"], "workbench: none.yaml: no such file"),
         (["--retries", "-1"], "workbench: retries: got -1, expected 0 or more.\n"),
-        (["--threads", "0"], "workbench: threads: got 0, expected at least 1.\n"),
         (["--workers", "0"], "workbench: --workers: got 0, expected at least 1.\n"),
     ],
 )
 def test_a_users_mistake_is_told_before_anything_runs(tmp_path, tiny, capsys, words, message):
     assert cli.main(["sweep", str(tiny), "--runs", str(tmp_path / "runs"), *words]) == 2
     assert capsys.readouterr().err.startswith(message) and not (tmp_path / "runs").exists()
+
+
+def test_a_number_that_can_not_be_is_refused_with_the_usage(tmp_path, tiny, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["sweep", str(tiny), "--runs", str(tmp_path / "runs"), "--threads", "0"])
+    assert "--threads: got '0', expected a whole number of at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
