@@ -293,7 +293,9 @@ def test_what_json_can_not_say_is_sent_as_nothing() -> None:
     trace = go.Scatter(x=[0.0, float("nan")], y=np.array([1.0, np.inf]), customdata=[[float("inf")]])
     sent = sendable(trace)
     assert sent["x"] == [0.0, None] and sent["customdata"] == [[None]]
-    assert isinstance(sent["y"], np.ndarray), "arrays go as bytes, which hold every number"
+    assert isinstance(sent["y"], np.ndarray), "rows go as bytes, which hold every number"
+    cells = sendable(go.Heatmap(z=np.array([[1.0, np.nan], [2.0, 3.0]])))
+    assert cells["z"] == [[1.0, None], [2.0, 3.0]], "cells go as lists"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import ipywidgets
+import numpy as np
 import plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 
@@ -231,7 +232,8 @@ class ManySliders(ipywidgets.HBox):
 
 
 def sendable(trace: Any) -> dict[str, Any]:
-    """A trace with None for what a list holds and JSON can't say: NaN and infinity. Arrays go as bytes."""
+    """A trace with None for what JSON can't say, NaN and infinity. Plotly sends rows of numbers as bytes, which can; all
+    else, such as the cells of a heat map, as lists."""
     return _said(trace.to_plotly_json())
 
 
@@ -240,6 +242,9 @@ def _said(value: Any) -> Any:
         return {name: _said(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_said(inner) for inner in value]
+    if isinstance(value, np.ndarray):
+        as_bytes = value.ndim == 1 and value.dtype.kind in "iuf"
+        return value if as_bytes or value.dtype.kind in "iub" else _said(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
