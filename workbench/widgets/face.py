@@ -232,8 +232,8 @@ class ManySliders(ipywidgets.HBox):
 
 
 def sendable(trace: Any) -> dict[str, Any]:
-    """A trace with None for what JSON can't say, NaN and infinity. Plotly sends rows of numbers as bytes, which can; all
-    else, such as the cells of a heat map, as lists."""
+    """A trace with None for what JSON can't say: NaN and infinity. Plotly sends rows of numbers as bytes, which can
+    say them; all else, such as the cells of a heat map, as lists."""
     return _said(trace.to_plotly_json())
 
 
