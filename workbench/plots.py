@@ -6,6 +6,7 @@ Source of the palette: Okabe and Ito, 2008 (readable with every common form of c
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import html
 import json
@@ -26,6 +27,8 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
 TITLE_WIDTH = 74  # characters: with 15 pixels high letters they fit a notebook in a window of 800 pixels
 LINE_HEIGHT = 22
+CELLS = {"type": "category", "showgrid": False}  # an axis of a grid
+DOWNWARDS = CELLS | {"autorange": "reversed"}
 
 
 def lines(
@@ -143,7 +146,7 @@ def heatmap(
     show_values  write the numbers into the cells; None: where there are at most 200 cells
     """
     columns, rows = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[y]))
-    grid = table.pivot_table(index=y, columns=x, values=value, aggfunc="mean", sort=False, dropna=False, observed=False)
+    grid = table.groupby([y, x], sort=False, observed=True)[value].mean().unstack()
     grid = grid.reindex(index=rows, columns=columns)
     shown = grid.size <= 200 if show_values is None else show_values
     scale = "Cividis_r" if midpoint is None else [[0.0, BLUE], [0.5, "#FFFFFF"], [1.0, VERMILLION]]
@@ -161,8 +164,7 @@ def heatmap(
         ygap=1,
     )
     figure = laid_out(go.Figure(cells), title, x if x_title is None else x_title, y if y_title is None else y_title)
-    figure.update_xaxes(type="category", showgrid=False)
-    return figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
+    return figure.update_layout(_axes(figure, CELLS, DOWNWARDS))
 
 
 def beside(figures: Mapping[str, go.Figure], *, title: str = "") -> go.Figure:
@@ -176,11 +178,12 @@ def beside(figures: Mapping[str, go.Figure], *, title: str = "") -> go.Figure:
         made.data[-1].update(colorbar={"x": right + 0.005, "xanchor": "left", "thickness": 14})
     first = next(iter(figures.values())).layout
     made = laid_out(made, title, first.xaxis.title.text, "")
-    made.update_layout(margin={"t": made.layout.margin.t + LINE_HEIGHT})  # room for the names, the title above them
-    made.update_layout(title={"yref": "container", "y": 0.95, "yanchor": "top"})
-    made.update_xaxes(type="category", showgrid=False)
-    made.update_yaxes(type="category", showgrid=False, autorange="reversed")
-    return made.update_yaxes(title={"text": first.yaxis.title.text}, col=1)
+    made.update_layout(
+        _axes(made, CELLS, DOWNWARDS),
+        margin={"t": made.layout.margin.t + LINE_HEIGHT},  # room for the names, the title above them
+        title={"yref": "container", "y": 0.95, "yanchor": "top"},
+    )
+    return made.update_layout(yaxis={"title": {"text": first.yaxis.title.text}})
 
 
 def spectrum(
@@ -258,25 +261,44 @@ def laid_out(
     The legend stands to the right of the axes, where it can meet neither title nor curves.
     """
     rows = wrapped(title)
-    figure.update_layout(
-        template="plotly_white",
-        title={
-            "text": "<br>".join(rows),
-            "x": 0.0,
-            "xref": "container",
-            "xanchor": "left",
-            "pad": {"l": 36},  # right of the title of the y axis, which may be longer than the axis
-            "font": {"size": 15},
-        },
+    x_axis, y_axis = (
+        {"title": {"text": name}} | ({"type": "log"} if is_log else {})
+        for name, is_log in ((x_title, log_x), (y_title, log_y))
+    )
+    return figure.update_layout(  # all at once: every call validates and copies anew
+        template=_template(),
+        title={"text": "<br>".join(rows)},
         margin={"t": 34 + LINE_HEIGHT * max(1, len(rows)), "l": 70, "r": 30, "b": 60},
         height=380 + LINE_HEIGHT * len(rows),
-        font={"size": 13, "color": BLACK},
-        colorway=list(PALETTE),
-        legend={"x": 1.02, "xanchor": "left", "y": 1.0, "yanchor": "top"},
+        **_axes(figure, x_axis, y_axis),
     )
-    axis = {"showline": True, "linecolor": BLACK, "ticks": "outside", "zeroline": False, "gridcolor": "#E5E5E5"}
-    figure.update_xaxes(title={"text": x_title}, type="log" if log_x else None, **axis)
-    return figure.update_yaxes(title={"text": y_title}, type="log" if log_y else None, **axis)
+
+
+@functools.cache
+def _template() -> go.layout.Template:
+    """What all figures share. Small, as each figure holds a copy of it."""
+    axis = {
+        **{"showline": True, "linecolor": BLACK, "ticks": "outside", "zeroline": False, "gridcolor": "#E5E5E5"},
+        **{"automargin": True, "title": {"standoff": 15}},
+    }
+    title = {
+        **{"x": 0.0, "xref": "container", "xanchor": "left", "font": {"size": 15}},
+        "pad": {"l": 36},  # right of the title of the y axis, which may be longer than the axis
+    }
+    layout = {
+        **{"paper_bgcolor": "white", "plot_bgcolor": "white", "hovermode": "closest", "hoverlabel": {"align": "left"}},
+        **{"font": {"size": 13, "color": BLACK}, "colorway": list(PALETTE)},
+        **{"title": title, "xaxis": axis, "yaxis": axis},
+        "legend": {"x": 1.02, "xanchor": "left", "y": 1.0, "yanchor": "top"},
+        "autotypenumbers": "strict",  # names that look like numbers stay names
+    }
+    return go.layout.Template(layout=layout, data={"heatmap": [{"colorbar": {"outlinewidth": 0}}]})
+
+
+def _axes(figure: go.Figure, x_axis: dict[str, Any], y_axis: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of every axis that a figure has, by its key in the layout."""
+    keys = [key for key in figure.layout if re.fullmatch(r"[xy]axis\d*", key)]
+    return {key: x_axis if key.startswith("x") else y_axis for key in keys}
 
 
 def wrapped(title: str) -> list[str]:
