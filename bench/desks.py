@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import workbench.widgets
 from bench._timing import machine, record
 from workbench import Subject
-from workbench.widgets.controls import Choice, Control, Slider, Sliders
+from workbench.widgets.controls import Choice, Control, Number, Slider, Sliders
 from workbench.widgets.desk import Desk
 from workbench.widgets.face import Face
 
@@ -88,7 +88,7 @@ def steps(desk: Desk) -> list[dict[str, object]]:
     """One row per control that can be moved now, over the values that can be shown."""
     rows = []
     for control in desk.controls():
-        if not control.shown or not isinstance(control, Slider | Sliders | Choice):
+        if not control.shown or not isinstance(control, Slider | Sliders | Choice | Number):
             continue
         times = [took for took in moved(desk, control) if not took.refused]
         if times:

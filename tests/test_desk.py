@@ -15,7 +15,7 @@ import pytest
 from workbench import Subject, plots
 from workbench.folder import RUN_VARIABLE, RUNS_VARIABLE
 from workbench.memo import Memo
-from workbench.widgets.controls import Choice, Control, Slider, Sliders, Switch, Text
+from workbench.widgets.controls import Choice, Control, Number, Slider, Sliders, Switch, Text
 from workbench.widgets.desk import Desk
 from workbench.widgets.face import Face, redraw, sendable
 from workbench.widgets.newest import Newest
@@ -93,9 +93,14 @@ def test_a_control_refuses_in_words_and_offers_values_over_its_range() -> None:
     assert layer.some() == (0, 1, 2, 4, 5) and layer.whole and not share.whole
     assert share.some()[0] == 0.0 and share.some()[-1] == pytest.approx(1.0)  # a sum of tenths
     assert Slider("one", "one", low=2, high=2, step=1).some() == (2,)
+    assert Number("words", "words", low=1, high=64).some() == (1, 4, 9, 23, 64)
+    assert Number("one", "one", low=2, high=2).some() == (2,) and Number("seed", "seed").some()[-1] == 999
     for control, value, words in (
         (layer, 6, "got 6, expected a number from 0 to 5"),
         (share, float("nan"), "got nan"),
+        (Number("words", "words", low=1, high=64), 65, "got 65, expected a whole number from 1 to 64"),
+        (Number("words", "words", low=1, high=64), 2.5, "got 2.5, expected a whole number"),
+        (Number("words", "words", low=0, high=64), True, "got True, expected a whole number"),
         (Choice("kind", "kind", options=("a", "b")), "c", "expected one of 'a', 'b'"),
         (Switch("on", "on"), 1, "expected True or False"),
         (Text("words", "words"), "  ", "expected some words"),

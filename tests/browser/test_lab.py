@@ -70,7 +70,7 @@ PICTURE = """(desk) => {
 
 VALUE = """(control) =>
     control.type === 'checkbox' ? control.checked : control.value ?? control.getAttribute('aria-valuetext')"""
-CONTROLS = "select:visible, .noUi-handle:visible, input[type=checkbox]:visible"
+CONTROLS = "select:visible, .noUi-handle:visible, input[type=checkbox]:visible, input[type=number]:visible"
 KEYS = {
     "ArrowDown": "ArrowUp",
     "ArrowUp": "ArrowDown",

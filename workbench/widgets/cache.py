@@ -30,7 +30,7 @@ from workbench.toggles.evict import EvictKV
 from workbench.toggles.lowrank import LowRankKV
 from workbench.toggles.quantize import QuantizeKV
 from workbench.widgets import material
-from workbench.widgets.controls import Choice, Control, Slider
+from workbench.widgets.controls import Choice, Control, Number, Slider
 from workbench.widgets.controls import Text as Words
 from workbench.widgets.desk import Desk
 from workbench.widgets.picture import Fact, Pane, Picture
@@ -92,10 +92,10 @@ class CacheDesk(Desk):
             Choice("key_bits", "bits of keys", options=BITS),
             Choice("value_bits", "bits of values", options=BITS),
             Slider("rank", "rank (share of a head's width)", True, 0.125, 1.0, 0.125),
-            Slider("unseen", "last tokens read after squeezing", True, 0, 8, 1),
-            Slider("distance", "words between code and question", self._asks_codes, 8, 256, 8),
+            Number("unseen", "last tokens read after squeezing", True, 0, 32),
+            Number("distance", "words between code and question", self._asks_codes, 8, 256),
             Slider("shown_prompt", "prompt below", True, 1, self._n_prompts, 1),
-            Slider("seed", "random tokens no.", True, 0, 9, 1),
+            Number("seed", "random tokens no."),
             Words("prompts", "prompts of your own, one per line", lines=2, optional=True),
         )
 
@@ -196,7 +196,7 @@ class CacheDesk(Desk):
         base = self.once(("base", self._about, self.unseen), lambda: read(self.subject, texts, self.unseen, BATCH))
         readings, notes = (base, "") if not toggle.parts else self._read(texts, toggle)
         sides = zip(base, readings, texts, strict=True)
-        words = {n: self._tokens(text.prompt[: len(text.prompt) - self.unseen]) for n, text in enumerate(texts)}
+        words = {n: words[: len(words) - self.unseen] for n, words in enumerate(self._words())}
         about = {"toggles": str(toggle), "notes": notes}  # not our seed: that of the control, which decides no interval
         loss = CacheLossResult.of([compare(*one) for one in sides], [text.group for text in texts], words, **about)
         said = tuple(text_of(self.subject.tokenizer, one.logprobs.argmax(-1).tolist()) for one in readings)
@@ -211,8 +211,11 @@ class CacheDesk(Desk):
                 notes = [note for receipt in self.subject.receipts for note in receipt.notes]
         return readings, "; ".join(dict.fromkeys([*notes, *(str(one.message) for one in told)]))
 
-    def _tokens(self, ids: Sequence[int]) -> list[str]:
-        """Each token as it is spelt, special ones too: they are held like others."""
+    def _words(self) -> list[list[str]]:
+        """The tokens of each prompt as they are spelt, special ones too: they are held like others."""
+        return self.once(("words", self._about), lambda: [self._spelt(text.prompt) for text in self._texts()])
+
+    def _spelt(self, ids: Sequence[int]) -> list[str]:
         return [str(self.subject.tokenizer.decode([token])) for token in ids]
 
     # What is told
@@ -280,7 +283,7 @@ class CacheDesk(Desk):
         rows = []
         for arm in ARMS[1:]:
             shares = self._shares(arm, row)
-            words = self._tokens(self._texts()[row].prompt)
+            words = self._words()[row]
             unread = (None,) * (len(words) - len(shares))  # tokens that came after the squeezing
             values = (*map(float, shares), *unread)
             kept = tuple(value is None or value > 0 for value in values)

@@ -33,7 +33,7 @@ from workbench.toggles.quantize import QuantizeKV
 from workbench.toggles.sparsify import Sparsify
 from workbench.toggles.steer import Steer
 from workbench.widgets import material
-from workbench.widgets.controls import Choice, Control, Slider, Text
+from workbench.widgets.controls import Choice, Control, Number, Slider, Text
 from workbench.widgets.desk import Desk
 from workbench.widgets.picture import Fact, Pane, Picture, lines_of
 
@@ -87,8 +87,8 @@ class ComposeDesk(Desk):
             Choice("mechanism", "what is asked", one, options=tuple(_mechanisms())),
             *slots,
             Text("prompts", "prompts, one per line", lines=3),
-            Slider("new_tokens", "tokens to write", True, 1, 32, 1),
-            Slider("seed", "questions drawn, no.", True, 0, 9, 1),
+            Number("new_tokens", "tokens to write", True, 1, 64),
+            Number("seed", "questions drawn, no."),
         )
 
     @classmethod

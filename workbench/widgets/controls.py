@@ -59,6 +59,25 @@ class Slider(Control):
 
 
 @dataclass(frozen=True)
+class Number(Control):
+    """A whole number from `low` to `high`, to be typed or stepped: for what takes longer the more it is, such as tokens
+    to write, or means another draw. A slider, which promises an answer while it moves, is for what a toggle does."""
+
+    low: int = 0
+    high: int = 999
+
+    def check(self, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
+            raise self.refusal(value, f"a whole number from {self.low} to {self.high}")
+
+    def some(self) -> tuple[int, ...]:
+        span = self.high - self.low
+        return tuple(
+            dict.fromkeys((self.low, *(self.low + round(span ** (part / 4)) for part in (1, 2, 3, 4) if span)))
+        )
+
+
+@dataclass(frozen=True)
 class Choice(Control):
     """One of `options`."""
 

@@ -26,7 +26,7 @@ from workbench.site import Site
 from workbench.toggle import Composed, Toggle
 from workbench.toggles.steer import Steer
 from workbench.widgets import material
-from workbench.widgets.controls import Choice, Control, Slider, Text
+from workbench.widgets.controls import Choice, Control, Number, Slider, Text
 from workbench.widgets.desk import Desk
 from workbench.widgets.picture import Fact, Picture
 from workbench.widgets.strip import Strip, StripRow
@@ -89,8 +89,8 @@ class DiceDesk(Desk):
             Slider("strength", "strength (mean residual norms)", push, -2.0, 2.0, 0.05),
             Slider("temperature", "temperature", True, 0.0, 2.0, 0.05),
             Slider("place", "token in the figure (0: the first that changes)", self.view == VIEWS[0], 0, 32, 1),
-            Slider("new_tokens", "tokens to write", True, 1, 32, 1),
-            Slider("seed", "dice no.", True, 0, 99, 1),
+            Number("new_tokens", "tokens to write", True, 1, 64),
+            Number("seed", "dice no."),
         )
 
     @classmethod

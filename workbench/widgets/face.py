@@ -17,7 +17,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 
-from workbench.widgets.controls import Choice, Control, Slider, Sliders, Switch, Text
+from workbench.widgets.controls import Choice, Control, Number, Slider, Sliders, Switch, Text
 from workbench.widgets.manners import Manners
 from workbench.widgets.newest import Later, Newest, soon
 from workbench.widgets.picture import STYLE, Picture
@@ -31,7 +31,7 @@ LOOK = """<style>
 .workbench-message [role=alert] { color: #b00020; background: #fff0f0; border-radius: 4px; padding: 4px 8px; }
 </style>"""
 HINTS = {"description_width": "initial"}
-TRACK_PX, LETTER_PX = 210, 7  # the width of a slider beside its label, and of a letter of the label
+TRACK_PX, BOX_PX, LETTER_PX = 210, 70, 7  # the width of a slider or a number beside its label; a letter of the label
 
 
 class Moved(Protocol):
@@ -178,7 +178,7 @@ class Face(ipywidgets.VBox):
             self._values[control.name] = value
             if isinstance(control, Choice) and tuple(widget.options) != control.options:
                 widget.options = control.options
-            if isinstance(control, Slider) and (widget.min, widget.max) != (control.low, control.high):
+            if isinstance(control, Slider | Number) and (widget.min, widget.max) != (control.low, control.high):
                 with widget.hold_trait_notifications():
                     widget.min, widget.max, widget.value = control.low, control.high, value
             if _plain(widget.value) != value:  # else a slider under the reader's hand would be set back
@@ -291,6 +291,9 @@ def _widget(control: Control, value: Any) -> Any:
         ends = {"min": control.low, "max": control.high, "step": control.step}
         shown = {} if control.whole else {"readout_format": ".3g"}
         return kind(value=value, layout=track, **ends, **shown, **named)
+    if isinstance(control, Number):
+        box = {"width": f"{BOX_PX + LETTER_PX * len(control.label)}px"}
+        return ipywidgets.BoundedIntText(value=value, min=control.low, max=control.high, layout=box, **named)
     if isinstance(control, Choice):
         if len(control.options) > MANY:
             return ipywidgets.SelectionSlider(options=control.options, value=value, layout=track, **named)

@@ -25,7 +25,7 @@ from workbench.stats import bootstrap_interval
 from workbench.subject import Subject
 from workbench.unembedding import Unembedding
 from workbench.widgets import material
-from workbench.widgets.controls import Choice, Control, Slider, Text
+from workbench.widgets.controls import Choice, Control, Number, Slider, Text
 from workbench.widgets.desk import Desk, given
 from workbench.widgets.picture import Fact, Pane, Picture
 from workbench.widgets.strip import Strip, StripRow
@@ -92,7 +92,7 @@ class LensDesk(Desk):
             Slider("position", "position in the text (tokens)", True, 0, len(self._ids(self.text)) - 1, 1),
             Choice("lens", "lens", len(lenses) > 1, options=lenses),
             Choice("control", "control", options=arms),
-            Slider("seed", "random shift or twin no.", True, 0, 9, 1),
+            Number("seed", "random shift or twin no."),
         )
 
     @classmethod

@@ -37,8 +37,9 @@ MORE_ENGLISH = (
 
 def knows_our_words(subject: Subject) -> bool:
     """Whether the words of the project's corpora are words of the subject's tokenizer."""
-    vocabulary = subject.tokenizer.get_vocab()
-    return all(word in vocabulary for word in ("fisherman", "assistant", "omega"))
+    unknown = (None, subject.tokenizer.unk_token_id)
+    ids = subject.tokenizer.convert_tokens_to_ids(["fisherman", "assistant", "omega"])
+    return not any(token in unknown for token in ids)
 
 
 def prompts(subject: Subject, n: int = 3) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Sources of the criteria: `workbench.methods.pruning.criteria` and `taylor`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from workbench.methods.pruning.criteria import CRITERIA
 from workbench.methods.pruning.curves import CONTROL, Trial, as_prompt, compare
 from workbench.methods.pruning.scores import PruningScoresResult
 from workbench.methods.pruning.speed import timed
-from workbench.methods.relations.facts import Answers, ask
+from workbench.methods.relations.facts import Answers, Prompt, ask
 from workbench.probes.pruning_curve import PruningCurve, dealt
 from workbench.probes.pruning_scores import PruningScores
 from workbench.pruned.plan import Plan
@@ -30,7 +31,7 @@ from workbench.stats import bootstrap_interval, wilson_interval
 from workbench.toggle import Composed, Toggle
 from workbench.toggles.prune import Prune
 from workbench.widgets import material
-from workbench.widgets.controls import Choice, Control, Slider, Sliders, Switch
+from workbench.widgets.controls import Choice, Control, Number, Slider, Sliders, Switch
 from workbench.widgets.controls import Text as Words
 from workbench.widgets.desk import Desk
 from workbench.widgets.picture import Fact, Pane, Picture, lines_of
@@ -104,7 +105,7 @@ class PruningDesk(Desk):
             Choice("allocation", "who pays", options=ALLOCATIONS),
             Slider("keep", "share of parameters kept", not by_layer, 0.1, 1.0, 0.05),
             Choice("form", "as a", options=("slice", "mask")),
-            Slider("seed", "random units no.", True, 0, 9, 1),
+            Number("seed", "random units no."),
             Switch("measure", "measure its speed"),
             Sliders("heads", "heads kept, by layer", by_layer, 0.0, 1.0, 1 / bundles, names),
             Sliders("neurons", "neurons kept, by layer", by_layer and bool(a.d_mlp), 0.0, 1.0, NEURON_STEP, names),
@@ -202,12 +203,11 @@ class PruningDesk(Desk):
         own = material.lines(self.texts)
         return {f"text {n}": text for n, text in enumerate(own, 1)} or material.by_kind(self.subject, "held_out")
 
-    def _items(self) -> list[Any]:
+    def _items(self) -> list[Prompt]:
         """Facts to ask for, in forms in which they were never asked in training; none of a model that knows none."""
         if not material.knows_our_words(self.subject):
             return []
-        items = relations.items("held_out", 0)
-        return [as_prompt(items[n * len(items) // N_FACTS]) for n in range(N_FACTS)]
+        return list(_asked_of_all())
 
     def _base(self) -> Base:
         return self.once(("base", self.texts), self._read_base)
@@ -361,6 +361,13 @@ class PruningDesk(Desk):
             edits += "".join(f".edit({layer}, {control.name}=())" for layer in off)
         plan = " & ".join(cuts) or "Plan.of(subject)"
         return (f"({plan})" if len(cuts) > 1 and edits else plan) + edits
+
+
+@functools.cache
+def _asked_of_all() -> tuple[Prompt, ...]:
+    """Facts of every relation, evenly chosen."""
+    items = relations.items("held_out", 0)
+    return tuple(as_prompt(items[n * len(items) // N_FACTS]) for n in range(N_FACTS))
 
 
 def _valued(numbers: tuple[float, float, float], unit: str) -> tuple[float, str, float, float]:

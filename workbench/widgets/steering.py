@@ -27,7 +27,7 @@ from workbench.strength import mean_kl
 from workbench.subject import Subject
 from workbench.toggles.steer import Steer
 from workbench.widgets import material
-from workbench.widgets.controls import Choice, Control, Slider, Text
+from workbench.widgets.controls import Choice, Control, Number, Slider, Text
 from workbench.widgets.desk import Desk, given
 from workbench.widgets.picture import Fact, Pane, Picture, lines_of
 
@@ -80,8 +80,8 @@ class SteeringDesk(Desk):
             Text("prompts", "prompts, one per line", lines=3),
             Text("target", "words that it should bring", of_map, optional=True),
             Slider("shown_prompt", "prompt in the figure", self.view == "next token", 1, len(self._prompts), 1),
-            Slider("new_tokens", "tokens to write", True, 1, 32, 1),
-            Slider("seed", "random direction no.", not of_map, 0, 9, 1),
+            Number("new_tokens", "tokens to write", True, 1, 64),
+            Number("seed", "random direction no.", not of_map),
         )
 
     @classmethod
