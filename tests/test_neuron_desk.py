@@ -12,6 +12,7 @@ from workbench import HFTP, Clamp, NeuronTokens, Site, Subject
 from workbench.corpora import streams
 from workbench.methods.neurons.contexts import Firing
 from workbench.strength import mean_kl
+from workbench.widgets import neuron
 from workbench.widgets.face import Face
 from workbench.widgets.neuron import N_CONTEXTS, VIEWS, NeuronDesk
 
@@ -113,18 +114,25 @@ def test_what_is_told_of_a_clamp_is_what_clamping_by_hand_does(whole: NeuronDesk
     assert picture.value("next word moved, clamped") > 10 * picture.value("next word moved, random")
 
 
-def test_a_layer_is_read_once_and_a_view_is_worked_out_once(organism: Subject) -> None:
+def test_layers_are_read_once_together_and_a_view_is_worked_out_once(
+    organism: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     desk = NeuronDesk(organism)
-    for neuron in (3, 4, 5):
+    for number in (3, 4, 5):
         for view in VIEWS:
-            desk.changed(view=view, neuron=neuron).picture()
+            desk.changed(view=view, neuron=number).picture()
     counted = desk.memo.computed
     assert {name: counted[name] for name in ("captured", "spectrum", "relations", "labels")} == dict.fromkeys(
         ("captured", "spectrum", "relations", "labels"), 1
     )
     assert counted["answers"] <= 1 + 2 * 3, "untouched once, and each neuron and its random one"
-    desk.changed(layer=1).picture()
-    assert counted["captured"] == 2 and counted["spectrum"] == 1
+    drawn = str(desk.changed(layer=1).picture().figure.to_json())
+    assert counted["captured"] == 1 and counted["spectrum"] == 1
+    monkeypatch.setattr(neuron, "MOST_VALUES", 1000)  # a model too large for that: each layer by itself
+    alone = NeuronDesk(organism)
+    alone.picture()
+    assert str(alone.changed(layer=1).picture().figure.to_json()) == drawn
+    assert alone.memo.computed["captured"] == 2
 
 
 def test_the_strip_shows_each_texts_strongest_token_among_its_neighbours(whole: NeuronDesk) -> None:

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from workbench import Site, Steer, Subject
 from workbench.methods.snmf import causal, concepts
-from workbench.methods.snmf.activations import read_activations
+from workbench.methods.snmf.activations import read_activations, read_sites
 from workbench.methods.snmf.baselines import k_means, principal_axes
 from workbench.methods.snmf.concepts import LabelledTexts, Question
 from workbench.methods.snmf.factorise import (
@@ -331,6 +331,15 @@ def test_a_file_gives_what_memory_gives():
     probe = SNMF(n_features=5, keep=0.1, restarts=1, max_iterations=10)
     results = [replace(probe, on_disk=on_disk).run(subject, texts) for on_disk in (False, True)]
     assert np.array_equal(results[0].features, results[1].features)
+
+
+def test_several_sites_are_read_in_one_run_as_each_alone():
+    subject, texts = Subject.tiny("llama"), concepts.topics(1).texts
+    sites = [Site(1, "neurons"), Site(0, "resid_out")]
+    for site, read in zip(sites, read_sites(subject, texts, sites), strict=True):
+        alone = read_activations(subject, texts, site)
+        assert torch.equal(torch.cat(list(read.blocks)), torch.cat(list(alone.blocks)))
+        assert torch.equal(read.text, alone.text) and torch.equal(read.ids, alone.ids)
 
 
 def test_first_tokens_are_left_out_and_padding_never_enters():

@@ -129,6 +129,22 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
+def mean_intervals(values: np.ndarray, group: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """(3, n_groups): `mean_interval` of the values of each group, which are numbered from 0; no group is empty."""
+    values, group = np.asarray(values, dtype=np.float64), np.asarray(group)
+    _check_level(level, "mean_intervals")
+    if values.shape != group.shape or values.ndim != 1:
+        raise ValueError(f"mean_intervals: got values {values.shape} of groups {group.shape}, expected (n,) of each.")
+    count = np.bincount(group)
+    if not count.size or not count.all():
+        raise ValueError(f"mean_intervals: got {count.size} groups, {(count == 0).sum()} of them empty; fill each.")
+    mean = np.bincount(group, weights=values) / count
+    squares = np.bincount(group, weights=(values - mean[group]) ** 2)
+    spread = np.sqrt(squares / np.where(count > 1, count - 1, np.nan))  # NaN for a single draw
+    half = student.ppf(0.5 + level / 2, np.maximum(count - 1, 1)) * spread / np.sqrt(count)
+    return np.stack([mean, mean - half, mean + half])
+
+
 def z_score(values: np.ndarray) -> np.ndarray:
     """Every value against the mean and the standard deviation of all; 0 where all are equal, NaN stays NaN."""
     values = np.asarray(values, dtype=np.float64)

@@ -91,6 +91,16 @@ def test_intervals_of_a_mean_lie_within_the_values_or_around_the_mean(
     assert (len(values) == 1 and np.isnan(below) and np.isnan(above)) or below <= mean <= above
 
 
+@given(LISTS, st.data(), st.floats(0.5, 0.99))
+def test_intervals_of_many_means_are_those_of_each(values: np.ndarray, data: st.DataObject, level: float) -> None:
+    drawn = data.draw(st.lists(st.integers(0, 3), min_size=len(values), max_size=len(values)))
+    _, group = np.unique(drawn, return_inverse=True)  # no group is empty
+    found = stats.mean_intervals(values, group, level)
+    near = {"rel": 1e-6, "abs": 1e-9 * (1 + np.abs(values).max()), "nan_ok": True}
+    for number, column in enumerate(found.T):
+        assert column.tolist() == pytest.approx(stats.mean_interval(values[group == number], level), **near)
+
+
 @given(LISTS, NUMBERS, st.floats(0.1, 10))
 def test_intervals_move_and_stretch_with_the_values(values: np.ndarray, shift: float, factor: float) -> None:
     near = {"rel": 1e-6, "abs": 1e-6 * (1 + np.abs(values).max() * factor + abs(shift))}
@@ -123,6 +133,9 @@ def test_an_area_is_a_probability_and_turns_around_with_the_scores(scores: np.nd
         lambda: stats.bootstrap_interval(np.array([])),
         lambda: stats.mean_interval(np.array([])),
         lambda: stats.mean_interval(np.array([1.0, 2.0]), level=1.5),
+        lambda: stats.mean_intervals(np.array([1.0, 2.0]), np.array([0, 2])),
+        lambda: stats.mean_intervals(np.array([]), np.array([], dtype=int)),
+        lambda: stats.mean_intervals(np.array([1.0]), np.array([0, 0])),
         lambda: stats.bootstrap_interval(np.array([1.0]), level=-1),
         lambda: stats.bootstrap_interval(np.array([1.0]), n_bootstrap=0),
         lambda: stats.bootstrap_interval(np.array([1.0, 2.0]), weights=np.array([0.0, 0.0])),

@@ -138,7 +138,7 @@ class LowRankKV(Toggle):
         if self.rank == 1.0 and isinstance(self.rank, float) and self.lowest is None:
             return
         refuse_own_attention(subject)
-        found = find_projections(subject, self._kinds)
+        found = self._projections(subject)
         ranks = self._ranks(subject, found)
         cut = {layer: kinds for layer, kinds in found.items() if ranks[layer] < subject.anatomy.d_head}
         if not cut:
@@ -168,6 +168,13 @@ class LowRankKV(Toggle):
         falling = "" if self.lowest is None else f" down to {self.lowest}"
         origin = f", from {len(self.texts)} texts" if self.texts else ""
         return f"LowRankKV({'keys and values' if self.keys else 'values'}, rank {rank}{falling}{origin}, {self.mode})"
+
+    def _projections(self, subject: Subject) -> dict[int, dict[Kind, Projection]]:
+        """Found once; weights that were changed in place are told by their versions."""
+        with subject.untoggled():
+            versions = tuple(parameter._version for parameter in subject.model.parameters())
+            key = ("projections", self._kinds, subject.dtype, subject.device, sum(versions))
+            return subject.remember(key, lambda: find_projections(subject, self._kinds))
 
     @property
     def _kinds(self) -> tuple[Kind, ...]:

@@ -20,7 +20,7 @@ from workbench.corpora import streams
 from workbench.generation import Generation
 from workbench.methods.neurons.contexts import Firing
 from workbench.methods.relations.facts import project_facts
-from workbench.methods.snmf.activations import TokenActivations, read_activations
+from workbench.methods.snmf.activations import TokenActivations, read_sites
 from workbench.methods.snmf.features import SNMFResult
 from workbench.methods.steering.target import last_logprobs
 from workbench.probes.hftp import HFTP
@@ -32,7 +32,7 @@ from workbench.strength import mean_kl
 from workbench.toggle import Toggle
 from workbench.toggles.steer import Clamp, Steer
 from workbench.widgets import material
-from workbench.widgets.controls import Choice, Control, Slider, Text
+from workbench.widgets.controls import Choice, Control, Number, Slider, Text
 from workbench.widgets.desk import Desk, given
 from workbench.widgets.picture import Fact, Pane, Picture, lines_of
 from workbench.widgets.strip import Strip, StripRow
@@ -47,6 +47,7 @@ N_CONTEXTS, AROUND = 6, 9  # rows of the strip, tokens on each side of the stron
 N_WORDS = 10  # words in a figure
 FEWEST = 4  # occurrences of a word whose mean is told
 SUITS = 257  # of the organism's middle layer: it fires on verbs that go with places
+MOST_VALUES = 2**24  # of the neurons of all layers on the sample, to be kept together
 N_NULL = 2000  # random orders or vectors behind a null
 
 
@@ -100,8 +101,8 @@ class NeuronDesk(Desk):
             Slider("feature", "feature", not one, 0, self._n_units("feature") - 1, 1),
             Slider("clamp", "held at (its own maxima)", held, -3.0, 3.0, 0.25),
             Text("prompts", "prompts, one per line", held, lines=3),
-            Slider("new_tokens", "tokens to write", held, 1, 32, 1),
-            Slider("seed", "random unit no.", True, 0, 9, 1),
+            Number("new_tokens", "tokens to write", held, 1, 64),
+            Number("seed", "random unit no."),
         )
 
     @classmethod
@@ -145,8 +146,14 @@ class NeuronDesk(Desk):
         return self.texts or material.sample(self.subject, N_EACH)
 
     def _captured(self) -> TokenActivations:
-        site, key = Site(self.layer, "neurons"), ("captured", self.layer, self.texts)
-        return self.once(key, lambda: read_activations(self.subject, self._texts, site, cut=True))
+        """The neurons of this layer on the sample: all layers are read at once where they are small."""
+        n_layers, width = self.subject.n_layers, self._n_units("neuron")
+        small = n_layers * width * sum(map(len, self._ids())) <= MOST_VALUES
+        layers = range(n_layers) if small else [self.layer]
+        sites = [Site(layer, "neurons") for layer in layers]
+        key = ("captured", tuple(layers), self.texts)
+        read = self.once(key, lambda: read_sites(self.subject, self._texts, sites, cut=True))
+        return read[layers.index(self.layer)]
 
     def _snmf(self) -> SNMF:
         return SNMF(layer=self.layer, n_features=N_FEATURES, keep=0.05, restarts=2, max_iterations=60, cut=True)
@@ -232,7 +239,7 @@ class NeuronDesk(Desk):
 
     def _strip(self, unit: Unit) -> Strip:
         """The texts where the unit is strongest, one row each, around its strongest token."""
-        ids, firing, rows = self.once(("ids", self.texts), self._ids), unit.firing, []
+        ids, firing, rows = self._ids(), unit.firing, []
         for best in firing.strongest(N_CONTEXTS):
             text, at, share = ids[firing.text[best]], firing.position[best], firing.around(int(firing.text[best]))
             shown = range(max(0, at - AROUND), min(len(text), at + AROUND + 1))
@@ -242,7 +249,7 @@ class NeuronDesk(Desk):
         return Strip(tuple(rows), "of its maximum", diverging=True, low=-1.0, high=1.0, title=title)
 
     def _ids(self) -> list[list[int]]:
-        return self.subject.tokenize(self._texts, cut=True).ids
+        return self.once(("ids", self.texts), lambda: self.subject.tokenize(self._texts, cut=True).ids)
 
     def _neurons_only(self, what: str) -> int:
         if self.kind != "neuron":

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from workbench.stats import mean_interval
+from workbench.stats import mean_intervals
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +50,9 @@ class Firing:
             raise ValueError(
                 f"by_token: no token comes {fewest} times in this sample, expected some that do. Give more texts."
             )
-        shares = self.shares
-        rows = [(ids[k], count[k], *mean_interval(shares[where == k])) for k in often]
-        table = pd.DataFrame(rows, columns=["id", "count", "share", "low", "high"])
-        table["high"] = table["high"].clip(upper=1.0)
+        mean, low, high = mean_intervals(self.shares, where)[:, often]
+        columns = {"id": ids[often], "count": count[often], "share": mean, "low": low, "high": high.clip(max=1.0)}
+        table = pd.DataFrame(columns)
         return table.sort_values("share", ascending=False, kind="stable", ignore_index=True)
 
     def strongest(self, count: int) -> Int[np.ndarray, " text"]:

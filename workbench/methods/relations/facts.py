@@ -6,6 +6,7 @@ Source: Hernandez et al., 2023 (LRE, its file format); Liu et al., 2025 (arXiv 2
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class Facts:
         return self.where(lambda p: p.subject not in chosen), self.where(lambda p: p.subject in chosen)
 
 
+@functools.cache
 def project_facts() -> Facts:
     """The project's own twelve relations, in their five forms; "foreign" asks and answers in the second language."""
     made = [

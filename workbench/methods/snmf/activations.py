@@ -48,26 +48,38 @@ def read_activations(
     cut       cut texts to the context instead of raising
     Raises ValueError where no text has a second token.
     """
+    return read_sites(subject, texts, [site], on_disk=on_disk, cut=cut)[0]
+
+
+def read_sites(
+    subject: Subject, texts: Sequence[str], sites: Sequence[Site], *, on_disk: bool = False, cut: bool = False
+) -> list[TokenActivations]:
+    """Several sites in one run of the model, as `read_activations` reads one."""
     lengths = subject.tokenize(texts, cut=cut).lengths
     n = sum(lengths) - len(lengths)
     if n < 1:
         raise ValueError(
             f"SNMF: got {len(lengths)} texts of one token each, expected longer ones: first tokens are left out."
         )
-    shape = (n, subject.anatomy.width(site)[0])
-    if on_disk:
-        with tempfile.TemporaryFile() as file:  # the map keeps the file alive; it has no name to clean up
-            values = torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
-    else:
-        values = torch.empty(shape, device=subject.device)
+    values = [_room((n, subject.anatomy.width(site)[0]), None if on_disk else subject.device) for site in sites]
     columns, filled = [], 0
     for first, last in _groups(lengths):
         masks = [[False] + [True] * (length - 1) for length in lengths[first:last]]
-        capture = subject.capture(texts[first:last], [site], tokens=masks, cut=cut, progress=False)
-        values[filled : filled + len(capture.text)] = capture[site].to(values.device, torch.float32)
+        capture = subject.capture(texts[first:last], sites, tokens=masks, cut=cut, progress=False)
+        for site, room in zip(sites, values, strict=True):
+            room[filled : filled + len(capture.text)] = capture[site].to(room.device, torch.float32)
         columns.append((capture.text + first, capture.position, capture.ids))
         filled += len(capture.text)
-    return TokenActivations(values.split(BLOCK), *(torch.cat(parts) for parts in zip(*columns, strict=True)))
+    which = [torch.cat(parts) for parts in zip(*columns, strict=True)]
+    return [TokenActivations(room.split(BLOCK), *which) for room in values]
+
+
+def _room(shape: tuple[int, int], device: torch.device | None) -> Tensor:
+    """Room for float32 on a device, or in a file without a name, which lives as long as the tensor."""
+    if device is not None:
+        return torch.empty(shape, device=device)
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
 
 
 def _groups(lengths: Sequence[int], limit: int = 16 * BLOCK) -> list[tuple[int, int]]:
