@@ -10,7 +10,7 @@ from workbench import CacheLoss, EvictKV, QuantizeKV, Subject
 from workbench.corpora import recall
 from workbench.methods.cache.scorers import Random
 from workbench.toggles.lowrank import LowRankKV
-from workbench.widgets.cache import ARMS, METHODS, CacheDesk
+from workbench.widgets.cache import ARMS, METHODS, N_CODES, CacheDesk
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def desk(organism: Subject) -> CacheDesk:
 
 
 def test_the_numbers_are_those_of_the_probe(desk: CacheDesk, organism: Subject) -> None:
-    items = recall.items("held_out", 0, 8, (96,))
+    items = recall.items("held_out", 0, N_CODES, (96,))
     for settings in ({}, {"method": "tova", "keep": 0.3, "unseen": 2}, {"key_bits": 4, "value_bits": 2, "rank": 0.5}):
         one = desk.changed(**settings)
         with organism.under(one.toggle()):
@@ -133,7 +133,7 @@ def test_what_can_not_be_shown_is_said_in_words(desk: CacheDesk) -> None:
         desk.changed(prompts="the " * 600).picture()
     with pytest.raises(ValueError, match="method: got 'random', expected one of 'none', 'streaming'"):
         desk.changed(method="random")
-    with pytest.raises(ValueError, match="shown_prompt: got 9, expected a number from 1 to 8"):
+    with pytest.raises(ValueError, match="shown_prompt: got 9, expected a number from 1 to 6"):
         desk.changed(shown_prompt=9)
 
 

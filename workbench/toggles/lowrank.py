@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from workbench.subject import Subject
 
 Moments = dict[int, dict[Kind, Tensor]]  # layer -> kind -> (kv_head, d_head, d_head)
+Bases = dict[tuple[int, Kind], tuple[Tensor, Tensor]]  # vectors (kv_head, d_head, d_head), bias (kv_head, d_head)
 
 
 PLAN_COLUMNS = (
@@ -138,20 +139,18 @@ class LowRankKV(Toggle):
         if self.rank == 1.0 and isinstance(self.rank, float) and self.lowest is None:
             return
         refuse_own_attention(subject)
-        found = self._projections(subject)
+        found, bases = self._whole(subject)
         ranks = self._ranks(subject, found)
         cut = {layer: kinds for layer, kinds in found.items() if ranks[layer] < subject.anatomy.d_head}
         if not cut:
             return
-        with subject.untoggled():  # the bases are those of whole layers
-            moments = self._moments(subject, cut)
-            biases = {(layer, kind): p.bias() for layer, kinds in cut.items() for kind, p in kinds.items()}
         subspaces: dict[tuple[int, Kind], Subspace] = {}
         for layer, kinds in cut.items():
             left = groups_left(subject, layer)  # a base belongs to one key/value head, and goes with it
             for kind in kinds:
-                vectors = eigenbasis(moments[layer][kind])[1][left, :, : ranks[layer]]
-                subspaces[layer, kind] = Subspace(evened(vectors).float(), biases[layer, kind][left].float())
+                vectors, bias = bases[layer, kind]
+                vectors = vectors[left, :, : ranks[layer]]
+                subspaces[layer, kind] = Subspace(evened(vectors).float(), bias[left].float())
         use_stage(subject, "project", LowRank(cut, subspaces, self.mode == "corrected"), undo)
 
     @classmethod
@@ -169,12 +168,23 @@ class LowRankKV(Toggle):
         origin = f", from {len(self.texts)} texts" if self.texts else ""
         return f"LowRankKV({'keys and values' if self.keys else 'values'}, rank {rank}{falling}{origin}, {self.mode})"
 
-    def _projections(self, subject: Subject) -> dict[int, dict[Kind, Projection]]:
-        """Found once; weights that were changed in place are told by their versions."""
+    def _whole(self, subject: Subject) -> tuple[dict[int, dict[Kind, Projection]], Bases]:
+        """The projections of whole layers and their bases, whatever the rank; remembered for the subject.
+
+        Weights that were changed in place are told by their versions.
+        """
         with subject.untoggled():
             versions = tuple(parameter._version for parameter in subject.model.parameters())
-            key = ("projections", self._kinds, subject.dtype, subject.device, sum(versions))
-            return subject.remember(key, lambda: find_projections(subject, self._kinds))
+            key = ("bases", self._kinds, self.texts, subject.dtype, subject.device, sum(versions))
+            return subject.remember(key, lambda: self._factored(subject))
+
+    def _factored(self, subject: Subject) -> tuple[dict[int, dict[Kind, Projection]], Bases]:
+        found = find_projections(subject, self._kinds)
+        moments = self._moments(subject, found)
+        made = [(layer, kind, projection) for layer, kinds in found.items() for kind, projection in kinds.items()]
+        return found, {
+            (layer, kind): (eigenbasis(moments[layer][kind])[1], projection.bias()) for layer, kind, projection in made
+        }
 
     @property
     def _kinds(self) -> tuple[Kind, ...]:

@@ -41,11 +41,12 @@ SQUEEZED, CHANCE = "squeezed", "random tokens"
 ARMS = ("untouched", SQUEEZED, CHANCE)
 VIEWS = ("tokens kept", "word by word", "bytes against recall")
 BITS = (16, 8, 4, 2)
+RANKS = (1.0, 0.75, 0.5, 0.25, 0.125)
 GROUP = 8  # numbers that share a step: in prompts as short as these, larger groups would hardly ever be full
 KEEPS = (0.5, 0.25, 0.125)  # of the view of all methods, beside the share of the slider
 OWN_WORDS = 8  # tokens of the model's own continuation
 BATCH = 4096  # prompt tokens per forward
-N_CODES = 8
+N_CODES = 6
 N_LINES = 4  # answers shown
 
 
@@ -91,7 +92,7 @@ class CacheDesk(Desk):
             Slider("keep", "share of tokens kept", evicts, 0.05, 1.0, 0.05),
             Choice("key_bits", "bits of keys", options=BITS),
             Choice("value_bits", "bits of values", options=BITS),
-            Slider("rank", "rank (share of a head's width)", True, 0.125, 1.0, 0.125),
+            Choice("rank", "rank (share of a head's width)", options=RANKS),
             Number("unseen", "last tokens read after squeezing", True, 0, 32),
             Number("distance", "words between code and question", self._asks_codes, 8, 256),
             Slider("shown_prompt", "prompt below", True, 1, self._n_prompts, 1),
