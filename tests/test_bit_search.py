@@ -226,6 +226,16 @@ def test_whole_numbers_on_the_grid_have_no_error():
     assert errors[0, 1] == errors[0, 2] == 0.0
 
 
+def test_a_layer_may_be_left_whole_and_a_side_too():
+    tensors = world(0, outliers=False)[0]
+    errors = local_errors(*tensors, ((16, 16), (16, 4), (4, 16), (4, 4)), Layout(8, 8, 2))
+    assert not errors[0].any() and errors[1, 1] == errors[2, 2] == 0
+    assert errors[1, 2] > 0 < errors[2, 1] and errors[3, 0] > max(errors[1, 0], errors[2, 0]) > 0
+    probe = BitSearch(20.0, pairs=((16, 16), (8, 8), (4, 4)), group=8, residual=8, sinks=2, validate=False)
+    plan = solved(world(0, outliers=False), probe).plan
+    assert (16, 16) in plan.pairs and plan.mean_bits <= 20.0
+
+
 def test_the_layer_with_outliers_among_its_keys_gets_the_most_key_bits():
     probe = BitSearch(group=8, residual=8, sinks=2, validate=False)
     result = solved(world(3, outliers=True), probe)
@@ -409,6 +419,18 @@ def test_search_bits_gives_the_plan_of_the_probe():
 def test_what_cannot_be_searched_is_refused(probe, data, message):
     with pytest.raises(ValueError, match=message):
         probe.run(subject_of("llama"), data)
+
+
+@pytest.mark.parametrize("pairs", [(), ((3, 4),), ((8,),), ((8, 4, 2),), ("84",), [("8", "4")]])
+def test_pairs_that_are_none_are_refused_when_the_probe_is_made(pairs):
+    with pytest.raises(ValueError, match=r"BitSearch: got pairs=.*each 2, 4, 8 or 16"):
+        BitSearch(pairs=pairs)
+
+
+def test_pairs_may_be_lists():
+    probe = BitSearch(pairs=[[8, 8], [4, 4]], group=8, residual=8, sinks=2, validate=False)
+    assert probe.pairs == ((8, 8), (4, 4))
+    assert solved(world(0, outliers=False), probe).plan.pairs == ((4, 4),) * 4
 
 
 def test_a_profile_of_a_short_text_and_a_figure_that_is_not_there_are_refused():

@@ -427,6 +427,31 @@ def test_attention_over_ragged_segments_is_the_dense_one_masked() -> None:
     torch.testing.assert_close(ours, logits.softmax(-1) @ values, rtol=0, atol=1e-6)  # fp32
 
 
+def test_older_tokens_as_many_as_the_padding_beside_them_are_no_prompt_without_padding() -> None:
+    made, (padded, alone) = torch.randn(2, 1, 2, 6, 4), (Hand(), Hand())
+    for hand in (padded, alone):
+        hand.feed(*made[:, :, :, :2])
+    expected = alone.feed(*made[:, :, :, 2:4])
+    ours = padded.feed(*made[:, :, :, 2:], real=torch.tensor([[True, True, False, False]]))
+    torch.testing.assert_close(ours[:, :, :2], expected, rtol=0, atol=1e-6)  # fp32
+
+
+def test_nan_in_a_whole_token_is_never_hidden_while_others_are_packed() -> None:
+    hand, made = Hand(PACK), torch.randn(2, 1, 2, 41, 4)
+    made[0, 0, 1, 40, 2] = torch.nan
+    hand.feed(*made[:, :, :, :40])
+    query = torch.randn(1, 4, 1, 4)
+    out = hand.feed(*made[:, :, :, 40:], query)
+    assert hand.layer.packed and torch.isfinite(out[:, :2]).all() and out[:, 2:].isnan().all()
+
+
+def test_nan_in_a_token_is_never_hidden_behind_a_soft_cap() -> None:
+    slots, _ = ragged()
+    slots.tensors[0][0, 1, 3, 2] = torch.nan
+    out = attend(torch.randn(2, 2, 2, 4), slots, torch.tensor([[1, 5]]).expand(2, -1), scaling=None, soft_cap=2.0)
+    assert out[0, 1, 1].isnan().all() and torch.isfinite(out[0, 0]).all() and torch.isfinite(out[1]).all()
+
+
 @pytest.mark.parametrize("groups", [1, 4, 7])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 40])

@@ -17,6 +17,7 @@ from torch import Tensor
 from workbench.cache.layer import View
 from workbench.methods.cache.budgets import adaptive, best, budget, pyramid, ranks
 from workbench.methods.cache.scorers import Random, h2o, key_norm, random, snapkv, streaming, tova
+from workbench.step import Step
 from workbench.toggles.evict import EvictKV
 
 every_scorer = pytest.mark.parametrize("by", ["streaming", "h2o", "snapkv", "tova", "key_norm", "random"])
@@ -305,6 +306,19 @@ def test_scores_of_a_view_are_of_what_may_still_be_dropped() -> None:
     assert view.attention(5).shape == (1, 4, 5, 20) and view.attention(slice(1, 3)).shape == (1, 4, 2, 20)
     torch.testing.assert_close(view.attention(3).sum(-1), torch.ones(1, 4, 3), rtol=0, atol=1e-5)
     assert (view.first, view.since, view.fixed.tolist()) == (False, 20, [[0, 0]])
+
+
+def test_attention_of_a_view_goes_through_the_soft_cap_of_the_model() -> None:
+    keys, query, watcher = 3 * normal(1, 2, 12, 8), 3 * normal(1, 4, 12, 8, seed=1), Watcher()
+    hand = Hand()
+    hand.stages.select = watcher
+    hand.step = Step(torch.arange(12)[None], torch.ones(1, 12, dtype=torch.bool), torch.tensor([12]))
+    hand.layer.update(keys, keys)
+    hand.layer.attend(query, torch.nn.Module(), None, 2.0)
+    logits = query[0, :, -1:] @ keys[0].repeat_interleave(2, 0).transpose(1, 2) / math.sqrt(8)
+    expected = (2 * (logits / 2).tanh()).softmax(-1)
+    torch.testing.assert_close(watcher.views[0].attention(1)[0], expected, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(logits.softmax(-1), expected, atol=0.05)
 
 
 # The toggle

@@ -53,6 +53,19 @@ def test_the_choice_is_the_best_of_all_625_under_one_and_two_budgets(seed: int) 
             assert all(found.costs[name] <= budget * (1 + 1e-9) for name, budget in budgets.items())
 
 
+@pytest.mark.parametrize(("size", "spread"), [(1.0, 1e-5), (1.0, 1e-7), (1e-8, 1.0), (0.0, 1.0)])
+def test_the_best_is_found_where_others_are_nearly_as_good_and_damages_are_small(size: float, spread: float) -> None:
+    for seed in range(6):
+        damage, costs = random_menu(seed)
+        damage = size * (1 + spread * damage)
+        low, high = costs["weight_bytes"].min(1).sum(), costs["weight_bytes"].max(1).sum()
+        budgets = {"weight_bytes": low + 0.4 * (high - low)}
+        best = by_hand(damage, costs, budgets)
+        assert choose(damage, costs, budgets).predicted == pytest.approx(best, rel=1e-12, abs=0)
+    with pytest.raises(ValueError, match="got a budget of nan"):
+        choose(damage, costs, {"weight_bytes": float("nan")})
+
+
 def test_more_room_is_never_worse_and_all_room_takes_the_best_of_every_layer() -> None:
     damage, costs = random_menu(1, 12, 6)
     most = costs["weight_bytes"].max(1).sum()
@@ -123,3 +136,5 @@ def test_settings_and_data_that_cant_work_are_refused() -> None:
             LayerMenu(**wrong)
     with pytest.raises(ValueError, match="at least two"):
         LayerMenu().run(Subject.tiny(), ["one"])
+    with pytest.raises(ValueError, match=r"prompt_tokens=510, expected at most 509: 3 more .* the context is 512"):
+        LayerMenu(prompt_tokens=510).run(Subject.tiny("gpt2"), [[5, 6, 7], [8, 9]])

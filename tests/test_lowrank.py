@@ -16,6 +16,7 @@ from workbench.cache import accounts, cache_bytes, use_stage
 from workbench.cache.attention import attend
 from workbench.cache.projections import find_projections, second_moments
 from workbench.cache.segments import Slots
+from workbench.loading import model_fingerprint
 from workbench.methods.cache.low_rank import (
     Subspace,
     cumulative,
@@ -28,10 +29,12 @@ from workbench.methods.cache.low_rank import (
     spectra_figure,
     spectra_table,
 )
+from workbench.pruned.plan import Plan
 from workbench.toggle import Toggle
-from workbench.toggles import Steer
+from workbench.toggles import Steer, lowrank
 from workbench.toggles.evict import EvictKV
 from workbench.toggles.lowrank import LowRank, LowRankKV
+from workbench.toggles.prune import Prune
 from workbench.toggles.quantize import QuantizeKV
 
 TEXTS = (
@@ -288,6 +291,77 @@ def test_planted_low_rank_weights_lose_nothing_at_that_rank(family: str) -> None
         torch.testing.assert_close(logprobs(subject), plain, **FP32)
     with subject.under(LowRankKV(1)):
         assert float((logprobs(subject) - plain).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+def test_weights_that_changed_have_bases_of_their_own_also_where_no_version_tells(assigned: bool) -> None:
+    subject, other = Subject.tiny("llama"), Subject.tiny("llama", seed=1)
+    with subject.under(LowRankKV(2)):
+        logprobs(subject)  # bases of the weights as they were
+    cut_weights(other, 2)
+    if assigned:
+        subject.model.load_state_dict(other.model.state_dict(), assign=True)
+    else:
+        for parameter, new in zip(subject.model.parameters(), other.model.parameters(), strict=True):
+            parameter.data.copy_(new.data)  # counts no version
+    plain = logprobs(subject)
+    with subject.under(LowRankKV(2)):
+        torch.testing.assert_close(logprobs(subject), plain, **FP32)
+
+
+def test_bases_are_found_once_for_all_ranks_and_once_more_after_a_change_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    subject, found = Subject.organism(), []
+    monkeypatch.setattr(lowrank, "find_projections", lambda *given: found.append(1) or find_projections(*given))
+    for rank in (2, 3, (4, 2, 8, 8, 8, 8)):
+        with subject.under(LowRankKV(rank)):
+            subject.nll(TEXTS)
+    assert len(found) == 1
+    large = subject.model.get_input_embeddings().weight
+    before = model_fingerprint(subject.model)
+    with torch.no_grad():
+        large[0, 1] += 1.0
+    assert model_fingerprint(subject.model) == before, "it looks at some numbers of a large matrix only"
+    with subject.under(LowRankKV(2)):
+        subject.nll(TEXTS)
+    assert len(found) == 2
+
+
+def test_bases_from_texts_are_those_of_the_model_as_it_is_with_an_edit_and_without() -> None:
+    subject, toggle = Subject.tiny("llama"), LowRankKV(2, texts=TEXTS)
+    push = 5 * random(subject.anatomy.d_model).float()
+
+    def vectors() -> Tensor:
+        with subject.under(toggle):
+            subject.nll(TEXTS)
+            stage: Any = subject.stages.project
+            return stage.subspaces[2, "keys"].vectors
+
+    plain = vectors()
+    with ExitStack() as undo:  # an edit outside of any toggle: nothing lifts it
+        subject.edit(Site(0, "resid_out"), lambda value, step: value + push, undo)
+        assert not torch.allclose(vectors(), plain, atol=1e-3)
+    assert torch.equal(vectors(), plain)
+
+
+def test_ranks_that_fall_are_those_of_whole_layers_where_heads_are_gone() -> None:
+    subject, toggle = Subject.tiny("llama"), LowRankKV(6, lowest=2)
+    with subject.under(Prune(Plan.of(subject, {1: {"kv_heads": [0]}})) | toggle):
+        subject.nll(TEXTS)
+        stage: Any = subject.stages.project
+        ranks = [stage.subspaces[layer, "keys"].vectors.shape[-1] for layer in range(3)]
+    assert ranks == toggle.plan(subject).rank_k.tolist() and ranks[0] > ranks[-1]
+
+
+def test_weights_made_in_inference_mode_have_no_version_and_are_served() -> None:
+    with torch.inference_mode():
+        subject = Subject.tiny("llama", verify=False)
+    with torch.inference_mode(), subject.under(LowRankKV(2)):
+        cut = subject.nll(TEXTS)
+    plain = Subject.tiny("llama")
+    with plain.under(LowRankKV(2)):
+        torch.testing.assert_close(cut, plain.nll(TEXTS))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -355,6 +355,9 @@ def test_bad_input_is_refused_in_words(organism: Subject, trained: RetainingHead
     ):
         with pytest.raises(ValueError, match=words):
             RetainingHeads(one, other)
+    small = RetainingHeads({0: first}, {0: second})
+    with pytest.raises(ValueError, match="has 3 numbers per token by now, trained on 4"):
+        small.score(0, torch.zeros(1, 3))
     with pytest.raises(ValueError, match="none for layer 9"):
         trained.score(9, torch.zeros(1, 256))
     (tmp_path / "other").write_bytes(b"no tensors here")

@@ -374,6 +374,16 @@ def test_what_matrices_read_is_what_a_capture_sees_whatever_the_lengths() -> Non
             torch.testing.assert_close(squares, found.diagonal(), rtol=1e-9, atol=1e-9)
 
 
+def test_weights_that_changed_have_zeros_of_their_own_also_where_no_version_tells() -> None:
+    subject, toggle = Subject.tiny("llama"), Sparsify(0.5)
+    before = zeros_of(subject, toggle)
+    for parameter in subject.model.parameters():
+        parameter.data.copy_(parameter.data.flip(-1))  # counts no version
+    after = zeros_of(subject, toggle)
+    name = next(name for name in before if before[name].shape[1] > 1)
+    assert torch.equal(after[name], before[name].flip(-1)), "the smallest ones leave wherever they are now"
+
+
 def test_zeros_are_computed_once_and_other_receipts_count_none_of_it() -> None:
     subject = Subject.tiny("llama", verify=False)
     steer, toggle = Steer(torch.ones(32), Site(0, "resid_out"), 0.5), Sparsify(0.5, by="wanda", texts=TEXTS)

@@ -97,7 +97,8 @@ def load_parts(
 def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits over names, shapes, dtypes and values of all parameters.
 
-    Values enter through their exact bytes: all of a small tensor, and of a large one 4,096 elements spread evenly.
+    Values enter through their exact bytes: all of a small tensor, about 4,096 elements of a large one, spread
+    evenly.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -108,6 +109,13 @@ def model_fingerprint(model: nn.Module) -> str:
         if flat.device.type != "meta":
             digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def weights_state(model: nn.Module) -> tuple[str, int]:
+    """What tells weights apart within a process: their fingerprint and, for a single number in a large matrix, which it
+    may pass over, how often they were changed in place (tensors of inference mode don't count)."""
+    versions = sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
+    return model_fingerprint(model), versions
 
 
 def small_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -36,7 +36,9 @@ def attend(
     groups = heads // keys.shape[1]
     if seq == 1 and slots.full:  # decoding without padding: every slot is in the past
         return _grouped(query, keys, values, None, groups, scaling, soft_cap)
-    if seq == keys.shape[2] and slots.full and soft_cap is None:  # a prompt without padding
+    as_many = seq == keys.shape[2] and slots.full and soft_cap is None
+    # A prompt without padding; elsewhere older tokens may be as many as the padding now.
+    if as_many and bool((slots.positions == positions[:, None]).all()):
         return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=groups > 1)
     blocks = []
     for start in range(0, seq, BLOCK):
@@ -68,10 +70,12 @@ def attend_in_blocks(
     logits = torch.cat([packed @ keys.float().transpose(2, 3) for part in parts for keys in part.blocks(0)], -1)
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
-    if not all(part.even for part in parts):
-        filled = torch.cat([part.filled.expand(-1, kv_heads, -1) for part in parts], -1)  # (batch, kv_head, slot)
-        logits = logits.masked_fill(~filled[:, :, None], -torch.inf)
-    rest, out = logits.softmax(-1).nan_to_num(0.0), torch.zeros((), device=query.device)
+    if all(part.even for part in parts):
+        rest = logits.softmax(-1)
+    else:
+        filled = torch.cat([part.filled.expand(-1, kv_heads, -1) for part in parts], -1)[:, :, None]
+        rest = logits.masked_fill(~filled, -torch.inf).softmax(-1).where(filled.any(-1, keepdim=True), 0.0)
+    out = torch.zeros((), device=query.device)
     for values in (values for part in parts for values in part.blocks(1)):
         here, rest = rest[..., : values.shape[2]], rest[..., values.shape[2] :]
         out = out + here @ values.float()
@@ -89,12 +93,15 @@ def weights(
     slots: Slots,
     positions: Int[Tensor, "batch seq"],
     scaling: float | None,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, "batch head seq slot"]:
     """Attention weights in float32, for scorers: O(seq x slot) memory, so ask for few queries."""
     keys = slots.tensors[0]
     groups = query.shape[1] // keys.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = torch.matmul(query.float(), keys.float().repeat_interleave(groups, 1).transpose(2, 3)) * scale
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
     mask = visible(slots, positions)
     mask = mask.repeat_interleave(groups, 1) if mask.shape[1] > 1 else mask
     return logits.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -116,12 +123,12 @@ def _grouped(
         mask = mask.expand(batch, -1, -1, -1).repeat(1, 1, groups, 1)  # (batch, kv_head or 1, groups * seq, slot)
     if cap is None:
         out = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
-        if mask is not None:
-            out = torch.where(mask.any(-1, keepdim=True), out, 0.0)
     else:
         scale = width**-0.5 if scaling is None else scaling
         logits = cap * torch.tanh(packed @ keys.transpose(2, 3) * scale / cap)
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf)
-        out = logits.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(values.dtype) @ values
+        out = logits.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+    if mask is not None:  # a query that sees nothing; any other NaN is the model's own
+        out = torch.where(mask.any(-1, keepdim=True), out, 0.0)
     return out.reshape(batch, heads, seq, values.shape[-1])

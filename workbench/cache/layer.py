@@ -64,6 +64,7 @@ class View:
     add_scores adds (batch, kv_head, slot) to the running scores, for selectors that keep some
     state      tensors (batch, ...) that a selector keeps with the layer
     rotation   how queries and keys were turned by their positions, where the stages know
+    soft_cap   c of logits c tanh(logits / c), in models that have one
     """
 
     layer: int
@@ -78,6 +79,7 @@ class View:
     add_scores: Callable[[Tensor], None]
     state: dict[str, Any] = field(default_factory=dict)
     rotation: Rotation | None = None
+    soft_cap: float | None = None
 
     @property
     def keys(self) -> Float[Tensor, "batch kv_head slot d_head"]:
@@ -111,7 +113,7 @@ class View:
             first = int(real.any(0).int().argmax())  # no more columns than hold such a token
             columns, real = slice(first, None), real[:, first:]
         positions = step.positions[:, columns].to(device)
-        rows = weights(self.query[:, :, columns], self.context, positions, self.scaling)
+        rows = weights(self.query[:, :, columns], self.context, positions, self.scaling, self.soft_cap)
         return rows[..., -self.keys.shape[2] :] * real[:, None, :, None]
 
 
@@ -230,7 +232,7 @@ class KVLayer(CacheLayerMixin):
             out = attend(query, shown, positions, scaling=scaling, soft_cap=soft_cap)
         first, self.seen, self.since = self.seen == 0, self.seen + query.shape[2], self.since + query.shape[2]
         if self.stages.select is not None:
-            self._select(query, step, scaling, first, module, slots if project is None else None)
+            self._select(query, step, scaling, soft_cap, first, module, slots if project is None else None)
         if self.stages.store is not None:
             self.stages.store.pack(self)
         return out
@@ -339,6 +341,7 @@ class KVLayer(CacheLayerMixin):
         query: Tensor,
         step: Step,
         scaling: float | None,
+        soft_cap: float | None,
         first: bool,
         module: torch.nn.Module,
         context: Slots | None,
@@ -368,6 +371,7 @@ class KVLayer(CacheLayerMixin):
             functools.partial(self._add_scores, stored),
             state=self.state,
             rotation=self.stages.rotation,
+            soft_cap=soft_cap,
         )
         keep = self.stages.select.keep(view)
         if keep is None:

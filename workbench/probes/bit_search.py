@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from workbench.cache.packed import WHOLE
+from workbench.cache.packing import BITS
 from workbench.cache.recording import Read, attention_seen, packable_layers
 from workbench.generation import text_of
 from workbench.methods.cache.bit_plans import BitSearchResult
@@ -45,8 +46,8 @@ class BitSearch(Probe):
 
     cap          mean bits per number of keys and values that the plan may cost
     budget       nominal: bits of codes alone, as papers count; accounted: bits really held at the length of the longest
-                 text, with scales, minima, sinks and residual
-    pairs        (key bits, value bits) to choose from
+                 text of the profile, with scales, minima, sinks and residual
+    pairs        (key bits, value bits) to choose from; 16 leaves a side whole
     group, residual, sinks   as in `QuantizeKV`
     weights      of each layer's error in the sum; None: 1 each
     share        layers whose error curves differ by at most this share one choice (see `clusters`); None: none do
@@ -70,9 +71,14 @@ class BitSearch(Probe):
 
     bounds: ClassVar[Bounds] = {"group": 1, "residual": 0, "sinks": 0, "n_random": 0}
 
+    def __post_init__(self) -> None:
+        if not self.pairs or any(len(pair) != 2 or not set(pair) <= {*BITS, WHOLE} for pair in self.pairs):
+            raise ValueError(
+                f"BitSearch: got pairs={self.pairs}, expected at least one (key bits, value bits), each 2, 4, 8 or 16."
+            )
+        object.__setattr__(self, "pairs", tuple((int(keys), int(values)) for keys, values in self.pairs))
+
     def measure(self, subject: Subject, data: Any) -> BitSearchResult:
-        if not self.pairs:
-            raise ValueError("BitSearch: got no pairs, expected at least one (key bits, value bits).")
         if self.budget == "accounted" and subject.stages:
             raise ValueError(
                 f"BitSearch: got budget='accounted' under {subject.stages}, expected nominal: what a layer "
@@ -81,7 +87,8 @@ class BitSearch(Probe):
         calibration, held_out = self._texts(subject, data)
         layers, notes = _packable(subject)
         if not layers:  # nothing to search, and the untouched model is its own plan
-            list(subject.predictions(held_out or calibration))
+            for _ in subject.predictions(held_out or calibration):
+                pass  # read all the same: receipts of other toggles then tell whether they acted
             return self._alone(subject.n_layers, len(held_out), notes)
         errors = self._profile(subject, calibration, layers)
         shapes = _shapes(subject, calibration[0])

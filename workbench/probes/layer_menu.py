@@ -30,6 +30,8 @@ from workbench.toggles.prune import Prune
 if TYPE_CHECKING:
     from workbench.subject import Subject
 
+AFTER = 3  # tokens that are timed after a prompt
+
 
 @dataclass(frozen=True)
 class LayerMenu(Probe):
@@ -65,6 +67,11 @@ class LayerMenu(Probe):
         texts = list(data)
         if len(texts) < 2:
             raise ValueError(f"LayerMenu: got {len(texts)} texts, expected at least two: some score, some measure.")
+        if subject.context is not None and self.prompt_tokens + AFTER > subject.context:
+            raise ValueError(
+                f"LayerMenu: got prompt_tokens={self.prompt_tokens}, expected at most {subject.context - AFTER}: "
+                f"{AFTER} more are timed after them, and the context is {subject.context}."
+            )
         half = len(texts) // 2
         ranking = scored(subject, texts[:half], (self.criterion,), seed=self.seed).ranking()
         judge = _Judge(subject, texts[half:])
@@ -203,7 +210,7 @@ def _held(menu: Mapping[tuple[int, int], Plan], sizes: Sizes) -> np.ndarray:
     return np.array([weights, [sizes.cache_bytes(plan, layer) for (layer, _), plan in menu.items()]])
 
 
-def _block_ms(subject: Subject, ids: torch.Tensor, new: int = 3) -> np.ndarray:
+def _block_ms(subject: Subject, ids: torch.Tensor) -> np.ndarray:
     """(2, layer) milliseconds of each block: for the prompt, and per token after it."""
     blocks: Any = subject.model.get_submodule(subject.anatomy.blocks)
     spent, started = np.zeros((2, len(blocks))), [0.0]
@@ -221,10 +228,10 @@ def _block_ms(subject: Subject, ids: torch.Tensor, new: int = 3) -> np.ndarray:
             undo.callback(block.register_forward_hook(partial(after, layer)).remove)
         output = subject.model(input_ids=ids, use_cache=True)
         phase[0] = 1
-        for _ in range(new):
+        for _ in range(AFTER):
             chosen = output.logits[:, -1:].argmax(-1)
             output = subject.model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
-    spent[1] /= new
+    spent[1] /= AFTER
     return spent
 
 

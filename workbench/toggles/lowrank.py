@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workbench.cache.projections import KINDS, Kind, Projection, find_projections, second_moments
 from workbench.cache.stages import refuse_own_attention, use_stage
+from workbench.loading import weights_state
 from workbench.methods.cache.low_rank import (
     Subspace,
     cumulative,
@@ -139,8 +140,9 @@ class LowRankKV(Toggle):
         if self.rank == 1.0 and isinstance(self.rank, float) and self.lowest is None:
             return
         refuse_own_attention(subject)
-        found, bases = self._whole(subject)
-        ranks = self._ranks(subject, found)
+        with subject.untoggled():  # ranks and bases are those of whole layers
+            found, bases = self._whole(subject)
+            ranks = self._ranks(subject, found)
         cut = {layer: kinds for layer, kinds in found.items() if ranks[layer] < subject.anatomy.d_head}
         if not cut:
             return
@@ -169,22 +171,25 @@ class LowRankKV(Toggle):
         return f"LowRankKV({'keys and values' if self.keys else 'values'}, rank {rank}{falling}{origin}, {self.mode})"
 
     def _whole(self, subject: Subject) -> tuple[dict[int, dict[Kind, Projection]], Bases]:
-        """The projections of whole layers and their bases, whatever the rank; remembered for the subject.
+        """The projections of whole layers and their bases, whatever the rank; remembered for the subject, untoggled.
 
-        Weights that were changed in place are told by their versions.
+        What a hook inside the model makes of texts no key tells: they are then read anew.
         """
-        with subject.untoggled():
-            versions = tuple(parameter._version for parameter in subject.model.parameters())
-            key = ("bases", self._kinds, self.texts, subject.dtype, subject.device, sum(versions))
-            return subject.remember(key, lambda: self._factored(subject))
+        trunk = subject.model.get_submodule(subject.anatomy.trunk)
+        inside = (module for module in trunk.modules() if module is not trunk)
+        if self.texts and any(module._forward_hooks or module._forward_pre_hooks for module in inside):
+            return self._factored(subject)
+        key = ("bases", self._kinds, self.texts, subject.device, *weights_state(subject.model))
+        return subject.remember(key, lambda: self._factored(subject))
 
     def _factored(self, subject: Subject) -> tuple[dict[int, dict[Kind, Projection]], Bases]:
         found = find_projections(subject, self._kinds)
         moments = self._moments(subject, found)
-        made = [(layer, kind, projection) for layer, kinds in found.items() for kind, projection in kinds.items()]
-        return found, {
-            (layer, kind): (eigenbasis(moments[layer][kind])[1], projection.bias()) for layer, kind, projection in made
-        }
+        bases: Bases = {}
+        for layer, kinds in found.items():
+            for kind, projection in kinds.items():
+                bases[layer, kind] = eigenbasis(moments[layer][kind])[1], projection.bias()
+        return found, bases
 
     @property
     def _kinds(self) -> tuple[Kind, ...]:

@@ -273,8 +273,8 @@ class Pyramid:
             return random(view)[:, 0]
         asked, last = view.state["asked"], view.context.positions[:, :1].amax(2)
         share = row_weights(asked, last, torch.full_like(last, self.settings.block))
-        seen = weights(view.state["queries"], view.context, asked, view.scaling)[..., -view.keys.shape[2] :]
-        return (seen.mean(1) * share[..., None]).sum(1)
+        seen = weights(view.state["queries"], view.context, asked, view.scaling, view.soft_cap)
+        return (seen[..., -view.keys.shape[2] :].mean(1) * share[..., None]).sum(1)
 
     def _remember(self, view: View) -> None:
         """Keep each row's newest queries, padding left out."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from workbench.discovery import is_linear
+from workbench.loading import weights_state
 from workbench.methods.pruning.inputs import input_moments, linears_in, others_in
 from workbench.methods.pruning.sparsegpt import ORDERS, Order, sparsegpt
 from workbench.methods.pruning.sparsity import (
@@ -140,9 +141,8 @@ class Sparsify(Toggle):
     # Computing
 
     def _key(self, subject: Subject) -> Hashable:
-        """What decides the zeros; weights that were changed in place are told by their versions."""
-        versions = tuple(parameter._version for parameter in subject.model.parameters())
-        return self, subject.active[:-1], subject.dtype, sum(versions)
+        """What decides the zeros."""
+        return self, subject.active[:-1], *weights_state(subject.model)
 
     def _zeros(self, subject: Subject) -> dict[str, _Zeros]:
         """For every matrix which weights stay and, where they were repaired, what they become."""

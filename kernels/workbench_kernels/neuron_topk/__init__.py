@@ -43,7 +43,7 @@ def neuron_topk(
     of a product have another order in every implementation, so scores that differ by rounding alone may swap. Raises
     ValueError for shapes and dtypes that don't fit, and for k beyond the allowed rows or 64.
     """
-    _check(x, w, k)
+    _check(x, w)
     for name, one, size in (("allowed", allowed, len(w)), ("centre", centre, w.shape[1]), ("scale", scale, len(w)),
                             ("bias", bias, len(w))):  # fmt: skip
         if one is not None and (one.shape != (size,) or (one.dtype == torch.bool) != (name == "allowed")):
@@ -62,7 +62,7 @@ def neuron_topk(
     return (scores, ids) if negated else (scores[0], ids[0])
 
 
-def _check(x: Tensor, w: Tensor, k: int) -> None:
+def _check(x: Tensor, w: Tensor) -> None:
     if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1] or not x.shape[1]:
         raise ValueError(f"neuron_topk: got {tuple(x.shape)} and {tuple(w.shape)}, expected (n, d) and (vocab, d).")
     for tensor in (x, w):

@@ -81,7 +81,7 @@ def _packed(keys: Tensor, values: Tensor, form: Format, layout: Layout) -> tuple
     units = [tensor[:, part].unflatten(1, (-1, form.unit)).flatten(0, 1) for tensor in (keys, values)]
     k = unpack_keys(pack_keys(units[0], form), form, keys.dtype)
     v = unpack_values(pack_values(units[1], form), form, values.dtype)
-    return k.reshape(keys.shape[0], count, -1), v.reshape(values.shape[0], count, -1)
+    return k.reshape(keys.shape[0], count, keys.shape[2]), v.reshape(values.shape[0], count, values.shape[2])
 
 
 def _attention(

@@ -149,7 +149,7 @@ def knapsack(errors: np.ndarray, costs: np.ndarray, budget: int) -> tuple[int, .
 
 
 def _least_errors(errors: np.ndarray, costs: np.ndarray, room: int) -> np.ndarray:
-    """best[l][b]: the least error of layers l, l + 1, ... at exactly b or less; IMPOSSIBLE where they don't fit."""
+    """best[l][b]: the least error of layers l, l + 1, ... at a cost of at most b; huge where they don't fit."""
     impossible = np.iinfo(np.int64).max // 4
     best = np.full((len(errors) + 1, room + 1), impossible)
     best[-1] = 0

@@ -75,6 +75,11 @@ def _text(subject: Subject, one: Any, continuation: int) -> Text:
     if isinstance(one, Item):
         tags = dict(one.tags)
         one, group = (one.prompt, one.answer), str(tags.get("distance", one.form))
+    if not (isinstance(one, list | tuple) and len(one) == 2) or isinstance(one[0], str) != isinstance(one[1], str):
+        raise ValueError(
+            f"CacheLoss: got {one!r:.40}, expected an item, a text, or a (prompt, continuation) pair: two texts, or "
+            "token ids of both."
+        )
     prompt, following = one
     if isinstance(prompt, str):
         whole = subject.tokenize([f"{prompt} {following}"]).ids[0]

@@ -80,9 +80,9 @@ class RetainingHeads:
     def score(self, layer: int, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch kv_head"]:
         """The scores of tokens from their queries, keys and values."""
         first, second = self._weights(layer, x.device)
-        if x.shape[-1] not in first.shape:
+        if x.shape[-1] != first.shape[1]:
             raise ValueError(
-                f"{self}: layer {layer} has {x.shape[-1]} numbers per token by now, trained on {max(first.shape)}: "
+                f"{self}: layer {layer} has {x.shape[-1]} numbers per token by now, trained on {first.shape[1]}: "
                 "heads were pruned from it. Train heads on the pruned model."
             )
         return network(x, first, second)
