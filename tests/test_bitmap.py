@@ -345,3 +345,10 @@ def test_a_stream_may_be_left_early(tmp_path: Path) -> None:
     name, tensor = next(stream)
     assert name == "a.weight" and equal(tensor, tensors()[name])
     stream.close()  # type: ignore[attr-defined]
+
+
+def test_a_tensor_and_a_view_of_all_of_it_in_another_shape_are_written_apart(tmp_path: Path) -> None:
+    whole = torch.arange(1.0, 17.0)
+    held = {"flat": whole, "square": whole.reshape(4, 4)}
+    found = load_bitmap(save_bitmap(held, tmp_path / "a"))
+    assert all(equal(found[name], held[name]) for name in held)

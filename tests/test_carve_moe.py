@@ -178,7 +178,7 @@ def test_one_token_at_a_time_is_as_many_at_once() -> None:
         torch.testing.assert_close(torch.cat(said, 1), logits(subject, carved(family)), rtol=0, atol=1e-12)
 
 
-def test_with_no_routed_expert_the_shared_one_is_alone_and_more_experts_err_less() -> None:
+def test_with_no_routed_expert_the_shared_one_is_alone() -> None:
     subject = double("llama")
     made = CarveMoE.carve(subject, texts(), experts=8, shared=2, active=0, layers=[1])
     weights, x = FFNWeights.of(subject, 1), ffn_inputs(subject, [IDS[0].tolist()], 1, 100, 0)
@@ -347,6 +347,13 @@ def test_wrong_settings_are_refused() -> None:
         CarveMoE.carve(subject, [])
     with pytest.raises(ValueError, match="0 <= shared < experts <= 48"):
         CarveMoE.carve(subject, texts(), experts=4, shared=4)
+    with pytest.raises(ValueError, match="0 <= shared < experts <= 48"):
+        CarveMoE.carve(subject, texts(), experts=0, shared=0)
+    for wrong in ({"mode": "best"}, {"marked": 0}, {"marked": -1}):
+        with pytest.raises(ValueError, match="expected 'corrected' or 'paper', and 1 or more"):
+            CarveMoE.carve(subject, texts(), experts=4, shared=1, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got one string"):
+        CarveMoE.carve(subject, "....", experts=4, shared=1)
     with pytest.raises(ValueError, match="expected 0 to 5"):
         replace(carved("llama"), active=6)
     with pytest.raises(ValueError, match="'slice' or 'mask'"):

@@ -79,6 +79,14 @@ def test_divergence_matches_pytorch() -> None:
     assert agreement == pytest.approx(float((base[:-1].argmax(-1) == other[:-1].argmax(-1)).double().mean()))
 
 
+def test_tokens_that_both_sides_rule_out_add_no_divergence() -> None:
+    base = torch.tensor([0.0, 1.0, float("-inf")]).log_softmax(-1).expand(3, 3)
+    assert compare(base, base, [0, 1, 0])[2] == 0.0
+    assert compare(base, torch.tensor([0.0, float("-inf"), 1.0]).log_softmax(-1).expand(3, 3), [0, 0, 0])[2] == float(
+        "inf"
+    )
+
+
 def test_cache_bytes_follow_the_formula_and_views_do_not_pass(subject: Subject, texts: list[str]) -> None:
     ids = torch.tensor([subject.tokenize(texts).ids[5]])
     with torch.no_grad():

@@ -186,3 +186,23 @@ def test_weights_are_a_value_by_name_and_bits(tmp_path) -> None:
         Weights({"a": 1})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="got 'plan', expected a Plan"):
         Prune("plan")  # type: ignore[arg-type]
+
+
+def test_what_is_off_goes_on_adding_its_bias_once_it_is_loaded(tmp_path) -> None:
+    subject = Subject.tiny("gpt2")
+    with torch.no_grad():  # random models begin with biases of zero, trained ones don't
+        for name, parameter in subject.model.named_parameters():
+            if name.endswith("c_proj.bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    with subject.under(Prune(Plan.of(subject, {0: {"heads": ()}, 1: {"neurons": ()}}))):
+        wanted = logits(subject)
+        export(subject, tmp_path / "small")
+    assert torch.equal(logits(Subject.load(tmp_path / "small")), wanted)
+
+
+def test_a_file_in_the_place_of_a_folder_is_not_overwritten(tmp_path) -> None:
+    (tmp_path / "small").write_text("notes")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="is a file, expected a folder"):
+            export(Subject.tiny("llama"), tmp_path / "small", overwrite=overwrite)
+    assert (tmp_path / "small").read_text() == "notes"

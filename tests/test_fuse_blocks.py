@@ -360,3 +360,16 @@ def test_text_as_strings_will_do() -> None:
     subject = Subject.tiny("gpt2")
     words = [text_of(subject.tokenizer, range(start, start + 9)) for start in range(8, 80, 9)]
     assert len(FuseBlocks.fit(subject, words, **QUICK).blocks) == 1
+
+
+def test_losses_are_per_token_that_is_predicted_whatever_the_lengths() -> None:
+    subject, made = Subject.tiny("llama"), torch.Generator().manual_seed(0)
+    uneven = [torch.randint(8, 200, (2 + 5 * n,), generator=made).tolist() for n in range(16)]
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = [uneven[row] for row in order[: 16 // fusing_module.HELD_OUT]]
+    toggle = FuseBlocks.fit(subject, uneven, 1, **QUICK | {"epochs": 1, "rank": 2})
+    weights = [len(row) - 1 for row in held_out]
+    for nll, acting in zip(toggle.fusions[0].nll[1:], (DropBlocks(toggle.blocks), toggle), strict=True):
+        with subject.under(acting):
+            assert nll == pytest.approx(np.average(subject.nll(held_out), weights=weights), rel=1e-12)
+    assert toggle.fusions[0].nll[0] == pytest.approx(np.average(subject.nll(held_out), weights=weights), rel=1e-12)

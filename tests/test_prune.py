@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from workbench import Clamp, EvictKV, LowRankKV, QuantizeKV, Site, Steer, Subject
 from workbench.corpora import requests
 from workbench.methods.neurons.neuron_weights import neuron_vectors
+from workbench.organism.tiny import tiny_pair
 from workbench.pruned import LayerPlan, Plan, Shape
 from workbench.pruned.report import parameter_bytes
 from workbench.pruned.units import find_units
@@ -385,3 +387,43 @@ def test_pruned_and_steered_together_equals_the_sum_of_their_receipts() -> None:
         subject.generate(list(TEXTS), max_new_tokens=3)
         cut, push = subject.receipts
         assert cut.tokens == push.tokens and cut.rows == push.rows == 2 and cut.bytes_freed > 0
+
+
+def test_an_odd_number_of_groups_of_an_odd_number_of_heads_can_be_cut() -> None:
+    """As in SmolLM2-135M: half of nine heads is no number of groups of three."""
+    sizes = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 9, "num_key_value_heads": 3}
+    _, tokenizer = tiny_pair("llama")
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), intermediate_size=48, head_dim=4, initializer_range=0.2, **sizes
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    subject = Subject(model, tokenizer, name="nine heads")
+    assert not subject.units[0].no_heads
+    plan, said = Plan.of(subject, {0: {"kv_heads": [0, 2]}, 1: {"heads": [1, 4, 7]}}), []
+    for form in ("mask", "slice"):
+        with subject.under(Prune(plan, form)):
+            said.append(logits(subject))
+    torch.testing.assert_close(said[1], said[0], rtol=0, atol=1e-12)
+
+
+def test_units_and_layers_that_are_no_numbers_are_refused_and_none_keeps_all() -> None:
+    subject = Subject.tiny("llama")
+    assert Plan.of(subject, {1: {"neurons": None}}) == Plan.of(subject)
+    with pytest.raises(ValueError, match="got neurons 5, expected whole numbers"):
+        Plan.of(subject, {1: {"neurons": 5}})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="got neurons 5, expected whole numbers"):
+        Plan.of(subject).edit(1, neurons=5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got layers \['1'\], expected whole numbers"):
+        Plan.of(subject, {"1": {"neurons": [5]}})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"read key/value heads \[0\], but names \[0, 1\]"):
+        Plan.of(subject, {0: {"heads": [0, 1], "kv_heads": [0, 1]}})
+
+
+def test_layers_without_neurons_have_no_width_in_common_with_others() -> None:
+    shape = Shape(2, 64, 4, 2, 8, 12)
+    every = {"heads": (0, 2), "neurons": (1, 2)}
+    assert Plan(shape, tuple((layer, LayerPlan(**every)) for layer in range(2))).uniform
+    assert not Plan(shape, tuple((layer, LayerPlan(neurons=())) for layer in range(2))).uniform
+    assert Plan(Shape(2, 64, 4, 2, 8, None)).uniform, "experts are no neurons"

@@ -231,6 +231,11 @@ def test_a_figure_that_is_not_there_is_refused() -> None:
         result.plot("recall")
     with pytest.raises(ValueError, match=r"at=0.3, expected one of 0.7"):
         result.plot(at=0.3)
+    for ask in (lambda: result.beside(0.3), lambda: result.gap("magnitude", 0.3)):
+        with pytest.raises(ValueError, match=r"at=0.3, expected one of 0.7"):
+            ask()
+    with pytest.raises(ValueError, match="got criterion 'amp', expected one of magnitude"):
+        result.gap("amp", 0.7)
 
 
 # --- speed

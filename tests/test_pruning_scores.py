@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import subject_of, texts
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from workbench.methods.pruning import taylor as taylor_module
 from workbench.methods.pruning.budgets import LEAST_NEURONS, Budget, Ranking
@@ -16,12 +17,14 @@ from workbench.methods.pruning.criteria import CRITERIA, activity, columns_of, c
 from workbench.methods.pruning.planted import amplify, deafen, living, mute, random_texts
 from workbench.methods.pruning.scores import PruningScoresResult, scored
 from workbench.methods.pruning.taylor import Adapter, Taylor, adapter_gradient, combined, parts_of, per_unit
+from workbench.organism.tiny import tiny_pair
 from workbench.probes.pruning_scores import PruningScores
 from workbench.pruned import Plan, Shape
 from workbench.pruned.report import PLAN_COLUMNS, Sizes, kept_map, parameter_bytes, plan_table
 from workbench.pruned.units import rows_of
 from workbench.site import Site
 from workbench.subject import Subject
+from workbench.toggles.drop_blocks import DropBlocks
 from workbench.toggles.prune import Prune
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "phi", "opt", "falcon", "phi3")
@@ -589,3 +592,60 @@ def test_a_model_without_what_a_budget_takes_is_told_so() -> None:
     ranking: Any = PruningScores().run(Subject.tiny("mixtral"), ["one morning the sailor dived alone ."]).ranking()  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"there are no neurons to take: .*mixture"):
         ranking.most(Budget(of="neurons", allocation="global"))
+
+
+def test_the_largest_ratio_can_be_had_whatever_its_rounding() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        n, d = int(rng.integers(2, 9)), 8 * int(rng.integers(1, 40))
+        each = [(size,) * n for size in (d * d // 4, d * d // 2, 3 * d, 0)]
+        sizes = Sizes(Shape(n, d, 8, 4, d // 8, 64), *each, int(rng.integers(0, 10**6)))
+        ranking = Ranking(rng.random((n, 8)), rng.random((n, 64)), sizes)
+        for allocation in ("uniform", "global"):
+            for of in ("blocks", "all", "heads", "neurons"):
+                budget = Budget(of=of, allocation=allocation, keep_first=1)  # type: ignore[arg-type]
+                plan = ranking.plan(ranking.most(budget), budget)
+                assert min(plan.kept(layer, "neurons") for layer in range(n)) >= LEAST_NEURONS
+
+
+def test_a_budget_for_no_layer_and_shares_in_a_list_are_refused() -> None:
+    ranking = llama2_7b()
+    for allocation in ("uniform", "global"):
+        with pytest.raises(ValueError, match="Keep fewer whole"):
+            ranking.most(Budget(allocation=allocation, keep_first=1, keep_last=1))
+    for wrong in (3, None, [(0, 0.5)]):
+        with pytest.raises(ValueError, match="Budget: got allocation="):
+            Budget(allocation=wrong)  # type: ignore[arg-type]
+
+
+def test_adapters_learn_beside_a_block_that_is_dropped() -> None:
+    subject, found = Subject.tiny("llama", verify=False), []
+    for rate in (1e-4, 1e-1):
+        with subject.under(DropBlocks((1,))):
+            settings = Taylor("lora", steps=4, learning_rate=rate)
+            found.append(run(subject, "taylor", data=random_texts(subject, 0), taylor=settings))
+    assert not found[0].neurons[0, 1].any() and not np.array_equal(found[0].neurons, found[1].neurons)
+
+
+def test_a_model_of_which_some_layers_alone_are_mixtures_has_its_heads_scored() -> None:
+    _, tokenizer = tiny_pair("llama")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+    sizes |= {"head_dim": 8, "intermediate_size": 48, "vocab_size": len(tokenizer), "initializer_range": 0.2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes, **experts)).eval()
+    subject = Subject(model, tokenizer, name="one dense layer", verify=False)
+    assert subject.anatomy.d_mlp == 48
+    result = run(subject, *CRITERIA)
+    assert result.neurons.shape == (len(CRITERIA), 3, 0) and (result.heads > 0).all()
+    plan = result.plan(0.3, of="heads", allocation="global")
+    assert result.plan_table(plan)["lowest_kept_neuron"].isna().all() and "only heads are scored" in result.finding
+    with subject.under(Prune(plan)):
+        subject.nll([texts()[0]])
+
+
+def test_a_figure_tells_the_share_that_floors_let_go() -> None:
+    result = run(Subject.tiny("mixtral", verify=False), "magnitude")
+    title = str(result.plot("kept", ratio=0.6).layout.title.text)
+    assert title.startswith("To free 50% of the parameters in heads, magnitude takes 50% of heads")

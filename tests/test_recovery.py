@@ -11,9 +11,12 @@ import torch
 from workbench import Subject
 from workbench.corpora import stories
 from workbench.methods.pruning.adapters import targets
+from workbench.probes.co_firing import CoFiring
+from workbench.probes.cost import Cost
 from workbench.probes.recovery import Recovery
 from workbench.pruned import Plan, Weights, export
 from workbench.toggle import Toggle
+from workbench.toggles.carve_moe import CarveMoE
 from workbench.toggles.lora import LoRA
 from workbench.toggles.prune import Prune
 
@@ -177,3 +180,31 @@ def test_the_organism_gets_back_most_of_what_a_cut_took_and_not_from_shuffled_wo
         lost = result.table()["nll"].iloc[0] - result.whole_nll  # type: ignore[attr-defined]
     # measured: .013 of .330 nats are left after texts, .039 after shuffled words
     assert kept[0] < 0.3 * lost and kept[0] < 0.7 * kept[1]
+
+
+def test_the_loss_of_texts_of_unequal_lengths_counts_the_tokens_that_are_predicted() -> None:
+    subject = Subject.tiny("llama")
+    texts = [[5, 6, 7]] * 8 + [[5, 9], list(range(7, 21))]
+    result: Any = Recovery(rank=2, steps=1, every=1, batch=1).run(subject, texts)
+    assert result.table()["nll"].iloc[0] == pytest.approx(result.whole_nll, rel=1e-6)  # nothing is broken yet
+
+
+def test_adapters_of_projections_that_do_not_run_stay_at_zero() -> None:
+    subject = Subject.tiny("llama")
+    carved = next(toggle for toggle in CarveMoE.examples(subject) if not toggle.masked)  # type: ignore[attr-defined]
+    with subject.under(carved):
+        update = Recovery(rank=2, steps=4, every=4).run(subject, random_texts(subject)).update  # type: ignore[attr-defined]
+    moved = {name for name, tensor in update.items() if name.endswith(".B") and tensor.any()}
+    assert moved and not any(f"layers.{carved.layers[0].layer}.mlp" in name for name in moved)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wrong", [3, None, "update", ()])
+def test_what_is_no_update_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="LoRA: got update="):
+        LoRA(wrong)
+
+
+def test_one_string_is_not_taken_for_many_texts() -> None:
+    for probe in (Recovery(steps=1), CoFiring(experts=4, shared=1), Cost(repeats=1)):
+        with pytest.raises(ValueError, match="got one string, expected a list of texts"):
+            probe.run(Subject.tiny(), "....")

@@ -315,6 +315,7 @@ def test_the_middle_is_the_longest_plateau_and_all_layers_where_they_are_alike()
     noise = 0.01 * torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
     assert middle(mean + noise) == (3, 5)
     assert middle(0.5 + noise) == (0, 6)
+    assert middle(mean[None]) == (3, 5), "one token has no spread"
 
 
 def test_the_probe_s_toggle_skips_about_what_it_promised_on_the_organism() -> None:
@@ -341,6 +342,11 @@ def test_the_probe_refuses_texts_that_end_within_the_warm_up() -> None:
         FFNSaturation().run(subject, [[5, 6, 7]])
     with pytest.raises(ValueError, match="no texts"):
         FFNSaturation().run(subject, [])
+    result = FFNSaturation(warmup=2, rest=1).run(subject, [[5, 6, 7, 8]])  # one token behind the warm-up
+    assert len(result.table()) == 3
+    for row in (1, -1):
+        with pytest.raises(ValueError, match=f"got row={row}, expected 0 to 0"):
+            result.plot(show="map", row=row)
 
 
 def test_a_chunked_reading_of_the_texts_measures_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ class CoFiring(Probe):
     bounds: ClassVar[Bounds] = {"experts": 1, "shared": 0, "layers": 0, "lots": 1, "tokens": 1}
 
     def measure(self, subject: Subject, data: Sequence[str]) -> CoFiringResult:
-        ids = subject.tokenize(list(data), cut=self.cut).ids
+        ids = subject.tokenize(data if isinstance(data, str) else list(data), cut=self.cut).ids
         if len(ids) < 2:
             raise ValueError(f"CoFiring: got {len(ids)} text, expected at least two: one half is held out.")
         tables = []

@@ -1,7 +1,7 @@
 """Cost: what the active toggles do to predictions, memory and time, against the same subject without them.
 
 KL(p0 || p) = sum_v p0(v) (log p0(v) - log p(v)) per token, p0 without the toggles; perplexity = exp(mean nats).
-Intervals: bootstrap over texts for predictions, over repeats for times. Both sides are timed alternately.
+Intervals: bootstrap over texts for predictions; of times the middle 95 % of repeats. Both sides are timed alternately.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class CostResult(Result):
     clocks: ClassVar[tuple[str, ...]] = ("times_ms",)
 
     def table(self) -> pd.DataFrame:
-        """One row per measure: value with the toggles, its 95 % interval, the base's value and their ratio."""
+        """One row per measure: value with the toggles, its 95 % interval, the base's value and their ratio.
+
+        Times are medians, and low and high the middle 95 % of their repeats; bytes have no interval.
+        """
         rows = [
             ("perplexity", *self._mean(self.nll, np.exp), self._mean(self.base_nll, np.exp)[0]),
             ("nll", *self._mean(self.nll), self._mean(self.base_nll)[0]),
@@ -175,7 +178,7 @@ class Cost(Probe):
     bounds: ClassVar[Bounds] = {"prompt_tokens": 1, "new_tokens": 1, "repeats": 1}
 
     def measure(self, subject: Subject, data: Sequence[str]) -> CostResult:
-        texts = list(data)
+        texts: Any = data if isinstance(data, str) else list(data)
         rows = np.array([row for chunk in _chunks(texts, 16) for row in self._compare(subject, chunk)])
         prompt = self._prompt(subject, texts)
         rounds, held = [], np.zeros((2, 2))
@@ -269,7 +272,8 @@ def compare(base: Tensor, logprobs: Tensor, ids: Sequence[int]) -> tuple[float, 
         raise ValueError(f"Cost: got a text of {len(ids)} token, expected at least two.")
     following = torch.tensor(ids[1:], device=base.device)[:, None]
     base, logprobs = base[:-1].double(), logprobs[:-1].double()
-    divergence = (base.exp() * (base - logprobs)).sum(-1).mean()
+    share = base.exp()
+    divergence = torch.where(share > 0, share * (base - logprobs), 0.0).sum(-1).mean()  # 0 log 0 = 0
     agreement = (base.argmax(-1) == logprobs.argmax(-1)).double().mean()
     nll, base_nll = (-part.gather(1, following).mean() for part in (logprobs, base))
     return float(nll), float(base_nll), float(divergence), float(agreement), float(len(following))

@@ -35,7 +35,7 @@ class Recovery(Probe):
     steps      at most so many batches                batch      texts per step
     loss       kl: be like the model without toggles; nll: predict the texts
     held_out   share of the texts that only judges     every      steps between two measurements
-    patience   measurements without a better one before it stops
+    patience   measurements in a row without a better one that are borne; at the next it stops
     Data: texts, as many as can be had; those that judge are the last ones. Ctrl-C leaves the subject as it was.
     """
 
@@ -61,7 +61,7 @@ class Recovery(Probe):
             raise ValueError(f"Recovery: got held_out={self.held_out}, lr={self.lr}, expected (0, 1) and above 0.")
 
     def measure(self, subject: Subject, data: Sequence[str]) -> RecoveryResult:
-        tokens = subject.tokenize(list(data), cut=True)
+        tokens = subject.tokenize(data if isinstance(data, str) else list(data), cut=True)
         n_judges = max(1, round(self.held_out * len(tokens)))
         if len(tokens) <= n_judges or min(tokens.lengths) < 2:
             raise ValueError(

@@ -77,7 +77,7 @@ def save_bitmap(weights: nn.Module | Mapping[str, Tensor], path: str | Path) -> 
     written whole or not at all, and is in memory, twice, until then.
     """
     tensors = _tensors(weights)
-    same, held, shapes = _same(tensors), {}, {}
+    same, held, shapes, places = _same(tensors), {}, {}, set()
     for name, tensor in tensors.items():
         if name in same:
             continue
@@ -87,7 +87,9 @@ def save_bitmap(weights: nn.Module | Mapping[str, Tensor], path: str | Path) -> 
             held |= {f"{name}{BITS}": made.bits, f"{name}{VALUES}": made.values}
             shapes[name] = list(made.shape)
         else:
-            held[name] = _alone(tensor)
+            alone = _alone(tensor)
+            held[name] = alone.clone() if alone.data_ptr() in places else alone  # a tensor and a view of all of it
+            places.add(held[name].data_ptr())
     told = {"version": VERSION, "names": list(tensors), "packed": shapes, "same": same}
     path = Path(path)
     write_atomically(path, save(held, {FORMAT: json.dumps(told)}))  # one entry: several come in no fixed order

@@ -66,8 +66,8 @@ def refusal(subject: Subject, layers: Iterable[int]) -> str:
 def attention_off(subject: Subject, units: LayerUnits, undo: ExitStack) -> None:
     """Let the attention of one block add nothing but the bias of its output."""
     block = block_of(subject, units.layer)
-    bias = block.get_submodule(units.heads_out)._parameters.get("bias")
-    stand_in(block.get_submodule(units.attention), _saying(bias, units.returns[1]), undo, silent=True)
+    out = block.get_submodule(units.heads_out)
+    stand_in(block.get_submodule(units.attention), _saying(out, units.returns[1]), undo, silent=True)
     number_slots(subject, undo)
 
 
@@ -75,8 +75,18 @@ def mlp_off(subject: Subject, units: LayerUnits, undo: ExitStack) -> None:
     """Let the MLP of one block add nothing but the bias of its output."""
     block = block_of(subject, units.layer)
     assert units.down is not None
-    bias = block.get_submodule(units.down)._parameters.get("bias")
-    stand_in(block.get_submodule(units.down.rpartition(".")[0]), _saying(bias, None), undo, silent=True)
+    down = block.get_submodule(units.down)
+    stand_in(block.get_submodule(units.down.rpartition(".")[0]), _saying(down, None), undo, silent=True)
+
+
+def spoken_biases(subject: Subject) -> set[str]:
+    """Full names of the biases that an attention or an MLP goes on adding when it is off."""
+    return {
+        f"{subject.anatomy.blocks}.{units.layer}.{path}.bias"
+        for units in subject.units
+        for path in (units.heads_out, units.down)
+        if path is not None
+    }
 
 
 def is_dropped(module: nn.Module) -> bool:
@@ -150,10 +160,10 @@ def _passing(returns: int | None) -> Callable[[Callable[..., Any]], Callable[...
     return make
 
 
-def _saying(bias: Tensor | None, returns: int | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _saying(out: nn.Module, returns: int | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(_: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            said = torch.zeros_like(hidden_states)
+            said, bias = torch.zeros_like(hidden_states), out._parameters.get("bias")  # now: it may be loaded later
             return _as_returned(said if bias is None else said + bias, returns)
 
         return forward

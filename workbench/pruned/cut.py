@@ -47,12 +47,13 @@ def cut_layer(subject: Subject, units: LayerUnits, plan: LayerPlan, form: Form, 
 def proved(subject: Subject, units: tuple[LayerUnits, ...]) -> tuple[LayerUnits, ...]:
     """`units`, with the reason where slicing half of the first block's heads or neurons differs from masking them."""
     first, anatomy = units[0], subject.anatomy
-    size = anatomy.n_heads // anatomy.n_kv_heads
+    n_heads, n_groups = anatomy.n_heads, anatomy.n_kv_heads
+    size = n_heads // n_groups
     tried: dict[str, list[LayerPlan]] = {"no_heads": [], "no_neurons": []}
     if not first.no_heads:
-        halves = [range(anatomy.n_heads // 2, anatomy.n_heads)] if anatomy.n_kv_heads > 1 else []
-        halves += [range(0, anatomy.n_heads, 2)] if size % 2 == 0 else []
-        tried["no_heads"] = [LayerPlan(heads=tuple(half)) for half in halves if anatomy.n_heads > 1]
+        halves = [range(n_groups // 2 * size, n_heads)] if n_groups > 1 else []  # whole groups, also of an odd number
+        halves += [range(0, n_heads, 2)] if size % 2 == 0 else []
+        tried["no_heads"] = [LayerPlan(heads=tuple(half)) for half in halves]
     if not first.no_neurons:
         tried["no_neurons"] = [LayerPlan(neurons=tuple(range(0, anatomy.d_mlp or 0, 2)))]
     reasons = {

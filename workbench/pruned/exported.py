@@ -8,7 +8,6 @@ weights. A trap: transformers' ignore_mismatched_sizes would fill such a model w
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from workbench.anatomy import KEPT, Kept
 from workbench.files import PARTIAL, write_json
-from workbench.pruned.blocks import is_dropped
+from workbench.pruned.blocks import is_dropped, spoken_biases
 from workbench.pruned.cut import cut_layer
 from workbench.pruned.plan import LayerPlan, Plan, Shape
 
@@ -78,7 +77,9 @@ def export(subject: Subject, folder: str | Path, *, overwrite: bool = False) -> 
     for toggle in subject.active:
         if not toggle.in_weights:
             raise ValueError(f"export: {toggle} does not lie in the model's weights, so no file can hold it. Leave it.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"export: {target} is a file, expected a folder. Choose another name.")
+    if target.exists() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(f"export: {target} exists and is not empty. Choose another folder, or overwrite=True.")
     plan = plan_now(subject)
     tensors = _renumbered(subject, plan)
@@ -124,7 +125,7 @@ def load_pruned(
         for layer, kept in plan.layers:
             cut_layer(whole, whole.units[layer], kept, "slice", undo)
         undo.pop_all()  # this model was never wider
-    _fill(model, tensors, path)
+    _fill(whole, tensors, path)
     model = model.to(where)
     return Subject(model, tokenizer, name=str(folder), anatomy=whole.anatomy, units=whole.units, verify=verify)
 
@@ -138,13 +139,12 @@ def _renumbered(subject: Subject, plan: Plan) -> dict[str, Tensor]:
     start = f"{subject.anatomy.blocks}."
     left = [layer for layer in range(plan.shape.n_layers) if layer not in plan.dropped]
     number = {layer: index for index, layer in enumerate(left)}
-    silent = _silent(subject.model)
+    silent, spoken = _silent(subject.model), spoken_biases(subject)
     tensors = {}
     for name, tensor in subject.model.state_dict().items():
-        if any(name.startswith(f"{module}.") for module in silent):
-            tensor = tensor[
-                :0
-            ].clone()  # not left out: what is absent stock programs fill with random numbers and go on
+        if name not in spoken and any(name.startswith(f"{module}.") for module in silent):
+            # Not left out: what is absent stock programs fill with random numbers and go on.
+            tensor = tensor[:0].clone()
         if name.startswith(start):
             layer, _, rest = name.removeprefix(start).partition(".")
             if int(layer) in plan.dropped:
@@ -218,7 +218,7 @@ def _plan_of(whole: Subject, folder: Path, tensors: Mapping[str, Tensor]) -> Pla
     """The plan that the folder tells, or that the sizes of its tensors imply."""
     file = folder / PLAN_FILE
     if file.is_file():
-        return Plan.from_json(json.loads(file.read_text(encoding="utf-8"))).for_subject(whole)
+        return Plan.load(file).for_subject(whole)
     shape, layers = Shape.of(whole), {}
     for units in whole.units:
         start = f"{whole.anatomy.blocks}.{units.layer}."
@@ -244,12 +244,14 @@ def _plan_of(whole: Subject, folder: Path, tensors: Mapping[str, Tensor]) -> Pla
     return Plan(shape, tuple(layers.items()))
 
 
-def _fill(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _fill(whole: Subject, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Put the tensors in; ValueError where one is missing, left over or of another size."""
-    for name in _silent(model):  # nothing runs there: no memory for what nobody reads
-        for module in model.get_submodule(name).modules():
+    model, spoken = whole.model, spoken_biases(whole)
+    for name in _silent(model):  # nothing else runs there: no memory for what nobody reads
+        for path, module in model.get_submodule(name).named_modules(prefix=name):
             for key, parameter in [(key, value) for key, value in module._parameters.items() if value is not None]:
-                module._parameters[key] = torch.nn.Parameter(parameter.detach()[:0].clone(), requires_grad=False)
+                if f"{path}.{key}" not in spoken:
+                    module._parameters[key] = torch.nn.Parameter(parameter.detach()[:0].clone(), requires_grad=False)
     expected = model.state_dict()
     for name, tensor in tensors.items():
         if name not in expected or expected[name].shape != tensor.shape:

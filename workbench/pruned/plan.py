@@ -58,8 +58,7 @@ class LayerPlan:
     def __post_init__(self) -> None:
         for name in ("heads", "kv_heads", "neurons"):
             given = getattr(self, name)
-            if given is not None:
-                object.__setattr__(self, name, _numbers(given, name))
+            object.__setattr__(self, name, _units(given, name))
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ class Plan:
     origin: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        given = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
+        given = tuple(self.layers.items() if isinstance(self.layers, Mapping) else self.layers)
+        _numbers([layer for layer, _ in given], "layers")
         checked = {layer: _checked(layer, plan, self.shape) for layer, plan in given}
         dropped = tuple(sorted(set(_numbers(self.dropped, "dropped blocks"))))
         kept = [(n, plan) for n, plan in sorted(checked.items()) if plan != LayerPlan() and n not in dropped]
@@ -95,7 +95,7 @@ class Plan:
     def of(
         cls,
         subject: Subject,
-        layers: Mapping[int, LayerPlan | Mapping[str, Iterable[int]]] | None = None,
+        layers: Mapping[int, LayerPlan | Mapping[str, Iterable[int] | None]] | None = None,
         *,
         drop: Iterable[int] = (),
         origin: Mapping[str, Any] | None = None,
@@ -129,7 +129,9 @@ class Plan:
         """Whether all layers that are kept have equal widths, at least one head and one neuron each."""
         left = [layer for layer in range(self.shape.n_layers) if layer not in self.dropped]
         widths = {tuple(self.kept(layer, name) for name in ("heads", "kv_heads", "neurons")) for layer in left}
-        return len(widths) == 1 and all(min(heads, groups) > 0 for heads, groups, _ in widths)
+        return len(widths) == 1 and all(
+            min(heads, groups) > 0 and (neurons > 0 or not self.shape.d_mlp) for heads, groups, neurons in widths
+        )
 
     def edit(self, layer: int, **units: Iterable[int] | None) -> Plan:
         """This plan with other units kept in one layer: `plan.edit(3, neurons=[0, 1, 2])`; None keeps all.
@@ -139,7 +141,7 @@ class Plan:
         known = self.at(layer)
         if {"heads", "kv_heads"} & set(units):
             known = replace(known, heads=None, kv_heads=None)
-        plan = replace(known, **{name: None if ids is None else tuple(ids) for name, ids in units.items()})
+        plan = replace(known, **{name: _units(ids, name) for name, ids in units.items()})
         return replace(self, layers=tuple((dict(self.layers) | {layer: plan}).items()))
 
     def __and__(self, other: Plan) -> Plan:
@@ -225,11 +227,15 @@ def _layer(text: str) -> int:
     return int(text)
 
 
-def _layer_plan(layer: int, units: Mapping[str, Iterable[int]]) -> LayerPlan:
+def _layer_plan(layer: int, units: Mapping[str, Iterable[int] | None]) -> LayerPlan:
     unknown = set(units) - {"heads", "kv_heads", "neurons"}
     if unknown:
         raise ValueError(f"Plan: layer {layer}: got {sorted(unknown)[0]!r}, expected heads, kv_heads or neurons.")
-    return LayerPlan(**{name: tuple(ids) for name, ids in units.items()})
+    return LayerPlan(**{name: _units(ids, name) for name, ids in units.items()})
+
+
+def _units(given: Iterable[Any] | None, what: str) -> Units:
+    return None if given is None else _numbers(given, what)
 
 
 def _checked(layer: int, plan: LayerPlan, shape: Shape) -> LayerPlan:
@@ -247,9 +253,10 @@ def _checked(layer: int, plan: LayerPlan, shape: Shape) -> LayerPlan:
     if heads is None:
         return LayerPlan(None, None, neurons)
     counts = {group: sum(head // shape.group == group for head in heads) for group in {h // shape.group for h in heads}}
-    if groups is not None and set(groups) != set(counts):
+    if plan.kv_heads is not None and set(plan.kv_heads) != set(counts):
         raise ValueError(
-            f"Plan: layer {layer} keeps heads that read key/value heads {sorted(counts)}, but names {list(groups)}. "
+            f"Plan: layer {layer} keeps heads that read key/value heads {sorted(counts)}, but names "
+            f"{list(plan.kv_heads)}. "
             "Name one of the two, or make them agree."
         )
     if len(set(counts.values())) > 1:

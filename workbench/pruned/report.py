@@ -195,7 +195,7 @@ def _kept_mask(plan: Plan, layer: int, family: str) -> np.ndarray:
 
 def _edges(plan: Plan, layer: int, family: str, scores: np.ndarray | None) -> tuple[float, float]:
     """The lowest score of a kept unit and the highest of a removed one; NaN where there is none."""
-    if scores is None or not plan.total(family):
+    if scores is None or not scores.shape[1]:
         return (float("nan"), float("nan"))
     kept, edge = _kept_mask(plan, layer, family), scores[layer]
     bounds: list[tuple[Callable[..., Any], np.ndarray]] = [(np.min, edge[kept]), (np.max, edge[~kept])]

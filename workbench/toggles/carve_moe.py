@@ -85,7 +85,7 @@ class CarveMoE(Toggle):
         marked            neurons marked as firing per token        tokens   of the texts, drawn by `seed`, that count
         Under a pruning it carves what is left. Raises ValueError without texts, and where neurons can't be told apart.
         """
-        ids = subject.tokenize(list(texts), cut=cut).ids
+        ids = subject.tokenize(texts if isinstance(texts, str) else list(texts), cut=cut).ids
         made = cls((), 0, "mask", subject.fingerprint)
         for layer in range(subject.n_layers) if layers is None else sorted(set(layers)):
             weights = FFNWeights.of(subject, layer)
@@ -207,7 +207,7 @@ class _Carved:
     # Routing
 
     def choose(self, x: Float[Tensor, "token d_model"]) -> Int[Tensor, "token active"]:
-        """The experts of each token, in float32 or better; counted, where the tokens are those of the forward."""
+        """The experts of each token, ranked in float32 or better; counted, where the tokens are the forward's."""
         n_routed, active = len(self.experts.experts), self.toggle.active
         if active in (0, n_routed):
             chosen = torch.arange(active, device=x.device).expand(len(x), active)

@@ -42,9 +42,8 @@ class LoRA(Toggle):
     in_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.update, Weights):
-            held = self.update if isinstance(self.update, Mapping) else {}
-            object.__setattr__(self, "update", Weights(held))
+        if isinstance(self.update, Mapping) and not isinstance(self.update, Weights):
+            object.__setattr__(self, "update", Weights(self.update))
         if self.strength != self.strength or abs(self.strength) == float("inf"):
             raise ValueError(f"LoRA: got strength={self.strength}, expected a finite number.")
 

@@ -46,9 +46,8 @@ class Prune(Toggle):
     def install(self, subject: Subject, undo: ExitStack) -> None:
         plan = self.plan.for_subject(subject)
         before = parameter_bytes(subject)
-        for layer, kept in plan.layers:
-            if layer not in plan.dropped:
-                cut_layer(subject, subject.units[layer], kept, self.form, undo)
+        for layer, kept in plan.layers:  # those that are dropped are not among them
+            cut_layer(subject, subject.units[layer], kept, self.form, undo)
         if plan.dropped:
             drop_blocks(subject, plan.dropped, undo)
         subject.count_forwards(undo)

@@ -92,7 +92,8 @@ def train(
 ) -> Training:
     """Train adapters on `subject` as it is now, under its toggles; its own weights get no gradient and never change.
 
-    Measured on the held-out texts every `every` steps; stops after `patience` measurements without a better one.
+    Measured on the held-out texts every `every` steps; `patience` measurements in a row without a better one are
+    borne, at the next it stops. An adapter whose projection doesn't run, as in a block that is carved, stays at zero.
     """
     generator = torch.Generator().manual_seed(seed)
     adapters = Adapters.started(targets(subject), rank, generator)
@@ -102,10 +103,10 @@ def train(
         _measure(subject, adapters, held_out, batch, training, 0, losses, loss)
         for step, (one, taught) in enumerate(_taught(subject, adapters, texts, steps, batch, loss, generator), 1):
             found = _loss(subject, one, taught)
-            for tensor, gradient in zip(
-                adapters.tensors(), torch.autograd.grad(found, adapters.tensors()), strict=True
-            ):
-                tensor.grad = gradient  # of the adapters alone: backward() would leave gradients at the model's weights
+            # Of the adapters alone: backward() would leave gradients at the model's weights.
+            gradients = torch.autograd.grad(found, adapters.tensors(), allow_unused=True)
+            for tensor, gradient in zip(adapters.tensors(), gradients, strict=True):
+                tensor.grad = gradient
             optimiser.step()
             losses.append(float(found.detach()))
             bar.update()
@@ -199,15 +200,12 @@ def _log_probs(subject: Subject, one: Batch) -> Tensor:
 
 
 def _loss(subject: Subject, one: Batch, taught: Tensor | None) -> Tensor:
-    """KL to what was taught, or the nll of the text: the mean over the tokens that have one after them."""
+    """KL to what was taught, the mean over all tokens; or the nll of the text, over those that have one before them."""
     said = _log_probs(subject, one)
-    kl, nll = _divergence(said, taught, one), _nll(said, one)
-    return nll if kl is None else kl
+    return _nll(said, one) if taught is None else _divergence(said, taught, one)
 
 
-def _divergence(said: Tensor, taught: Tensor | None, one: Batch) -> Tensor | None:
-    if taught is None:
-        return None
+def _divergence(said: Tensor, taught: Tensor, one: Batch) -> Tensor:
     each = (taught.exp() * (taught - said)).sum(-1)  # (batch, seq)
     return each[one.mask].mean()
 
@@ -230,15 +228,15 @@ def _measure(
     loss: Loss,
 ) -> None:
     """Add a row to the training's steps, and keep the adapters if they are the best so far."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(held_out), batch):
         rows = list(range(start, min(start + batch, len(held_out))))
         one = right_pad(held_out.ids, rows, pad=subject.pad_id, device=subject.device)
-        taught, said, weight = _teacher(subject, adapters, [one])[0], _log_probs(subject, one), int(one.mask.sum())
-        divergence = _divergence(said, taught, one)
-        assert divergence is not None
-        sums += torch.tensor([weight * float(divergence), weight * float(_nll(said, one)), weight])
-    kl, nll = float(sums[0] / sums[2]), float(sums[1] / sums[2])
+        taught, said = _teacher(subject, adapters, [one])[0], _log_probs(subject, one)
+        tokens, predicted = int(one.mask.sum()), int(one.mask[:, 1:].sum())
+        kl, nll = float(_divergence(said, taught, one)), float(_nll(said, one))
+        sums += torch.tensor([tokens * kl, tokens, predicted * nll, predicted], dtype=torch.float64)
+    kl, nll = float(sums[0] / sums[1]), float(sums[2] / sums[3])
     known = [row[2 if loss == "kl" else 3] for row in training.steps]
     training.steps.append((step, sum(losses) / len(losses) if losses else math.nan, kl, nll))
     losses.clear()

@@ -20,7 +20,7 @@ from workbench.pruned.plan import LayerPlan, Plan
 from workbench.pruned.report import Sizes
 
 LEAST_NEURONS = 8  # of each layer stay, and one bundle of heads: a width of nothing is for whole parts, not for scores
-SLACK = 1e-6  # of a unit: r I is a product of rounded numbers
+SLACK = 1e-6  # of a unit or a parameter: shares times sizes are products of rounded numbers
 
 Of = Literal["blocks", "all", "heads", "neurons"]
 
@@ -55,8 +55,8 @@ class Budget:
             "unit": ("group", "head", None),
         }
         choices["mode"] = ("corrected", "paper")
-        if isinstance(self.allocation, str):
-            choices["allocation"] = ("uniform", "global")
+        if not isinstance(self.allocation, tuple):
+            choices["allocation"] = ("uniform", "global", "{layer: share removed}")
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Budget: got {name}={getattr(self, name)!r}, expected one of {allowed}.")
@@ -117,7 +117,9 @@ class Ranking:
         layers = self._prunable(budget)
         if not self._base(budget):
             reason = self.sizes.no_heads or self.sizes.no_neurons
-            raise ValueError(f"Budget: there are no {budget.of} to take: {reason or 'all layers are kept whole'}.")
+            raise ValueError(f"Budget: there are no {budget.of} to take: {reason}.")
+        if not len(layers):
+            raise ValueError(self._all_whole(budget))
         room = [self._room(layer, budget) for layer in layers]
         if budget.allocation == "uniform":  # every layer gives the same share of what it has
             weights = [self._weight(layer, budget) for layer in layers]
@@ -246,15 +248,18 @@ class Ranking:
     def _check_room(self, ratio: float, wanted: float, budget: Budget) -> None:
         layers, base = self._prunable(budget), self._base(budget)
         if not len(layers):
-            raise ValueError(
-                f"plan: got keep_first={budget.keep_first}, keep_last={budget.keep_last}, but there are "
-                f"{len(self.heads)} layers. Keep fewer whole."
-            )
+            raise ValueError(self._all_whole(budget))
         room = sum(self._room(layer, budget) for layer in layers)
-        if wanted > room:
+        if wanted > room + SLACK:
             raise ValueError(
                 f"plan: got ratio={ratio:g}, but at most {room / base:.4f} can leave: {self._stays(budget)}."
             )
+
+    def _all_whole(self, budget: Budget) -> str:
+        return (
+            f"plan: got keep_first={budget.keep_first}, keep_last={budget.keep_last}, but there are "
+            f"{len(self.heads)} layers. Keep fewer whole."
+        )
 
     def _stays(self, budget: Budget) -> str:
         bundle = "key/value head" if self._unit(budget) == "group" else "query head per group"
@@ -273,7 +278,7 @@ class Ranking:
     def _in_layer(self, layer: int, share: float, budget: Budget) -> tuple[int, int]:
         """How many bundles and neurons leave a layer with this share of its parameters that pay."""
         unit = self._unit(budget)
-        if share * self._weight(layer, budget) > self._room(layer, budget):
+        if share * self._weight(layer, budget) > self._room(layer, budget) + SLACK:
             most = self._room(layer, budget) / self._weight(layer, budget)
             raise ValueError(
                 f"plan: layer {layer} would lose {share:.4f} of its parameters, but at most {most:.4f} can leave: "

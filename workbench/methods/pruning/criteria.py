@@ -50,12 +50,12 @@ class Activity:
 
 def activity(subject: Subject, ids: Sequence[Sequence[int]], *, batch: int = 4096) -> Activity:
     """Read token ids once, as the subject is now; `batch` tokens per forward. Nothing is kept but sums."""
-    shape, n_layers = subject.anatomy, subject.n_layers
+    shape, n_layers, width = subject.anatomy, subject.n_layers, n_neurons(subject)
     total = {
         "written": torch.zeros(n_layers, shape.n_heads, dtype=torch.float64),
-        "active": torch.zeros(n_layers, shape.d_mlp or 0, dtype=torch.float64),
+        "active": torch.zeros(n_layers, width, dtype=torch.float64),
         "head_energy": torch.zeros(n_layers, shape.n_heads, shape.d_head, dtype=torch.float64),
-        "neuron_energy": torch.zeros(n_layers, shape.d_mlp or 0, dtype=torch.float64),
+        "neuron_energy": torch.zeros(n_layers, width, dtype=torch.float64),
     }
     kinds: tuple[Kind, ...] = ("heads", "neurons") if has_neurons(subject) else ("heads",)
     places = [Site(layer, kind) for layer in range(n_layers) for kind in kinds]
@@ -96,9 +96,10 @@ def scores_of(
     seen   what the units did on the texts; None for magnitude and random, which need none
     norm   of the output columns by which amp_out weighs neurons; with 1 it is amp's head score in one dimension
     """
-    n_layers, n_neurons = subject.n_layers, subject.anatomy.d_mlp or 0
+    n_layers = subject.n_layers
     if criterion == "random":
-        return shuffled_ranks(n_layers, subject.anatomy.n_heads, seed, 0), shuffled_ranks(n_layers, n_neurons, seed, 1)
+        heads = shuffled_ranks(n_layers, subject.anatomy.n_heads, seed, 0)
+        return heads, shuffled_ranks(n_layers, n_neurons(subject), seed, 1)
     found = (_of_layer(criterion, subject, seen, layer, norm) for layer in range(n_layers))
     heads, neurons = zip(*found, strict=True)
     return np.stack(heads), np.stack(neurons)
@@ -142,6 +143,11 @@ def columns_of(subject: Subject, site: Site) -> Float[Tensor, "d_model unit widt
 def has_neurons(subject: Subject) -> bool:
     """Whether the MLPs have neurons that can be told apart."""
     return all("neurons" in places for places in subject.anatomy.places)
+
+
+def n_neurons(subject: Subject) -> int:
+    """Neurons per layer that are scored: none where some layers have them and others, mixtures of experts, do not."""
+    return (subject.anatomy.d_mlp or 0) if has_neurons(subject) else 0
 
 
 def wide(value: Tensor) -> Tensor:

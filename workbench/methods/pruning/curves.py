@@ -192,13 +192,20 @@ class PruningCurveResult(Result):
 
     def beside(self, keep: float) -> pd.DataFrame:
         """One row per criterion at one share kept, one column per measure: means over texts or questions, and draws."""
+        self._check_at(keep)
         columns: Any = {
             measure: self.curves(measure).set_index(["criterion", "keep"])["value"] for measure in self.measures
         }
         return pd.DataFrame(columns).xs(keep, level="keep").loc[list(dict.fromkeys(self.criteria))]
 
     def gap(self, criterion: str, keep: float, measure: str = "nll_added") -> tuple[float, float, float]:
-        """(estimate, low, high) how much better than the control, text by text; NaN where there is none."""
+        """(estimate, low, high) how much better than the control, text by text; NaN where there is no control.
+
+        In the unit of the measure; of perplexity in nats per token, the difference of its logarithms.
+        """
+        self._check_at(keep)
+        if criterion not in self.criteria:
+            raise ValueError(f"gap: got criterion {criterion!r}, expected one of {', '.join(self.rivals)}.")
         ours, random = self._points(criterion, keep), self._points(CONTROL, keep)
         if not len(random):
             return float("nan"), float("nan"), float("nan")
@@ -223,8 +230,7 @@ class PruningCurveResult(Result):
             raise ValueError(f"plot: got measure {measure!r}, expected one of {', '.join(self.measures)}.")
         budgets = self.budgets()
         at = budgets[len(budgets) // 2] if at is None else at
-        if at not in budgets:
-            raise ValueError(f"plot: got at={at}, expected one of {', '.join(map(str, budgets))}.")
+        self._check_at(at)
         untouched = self._values(measure)[2]
         curves: Any = self.curves(measure)
         whole = [(name, 1.0, 1.0, untouched, untouched, untouched) for name in dict.fromkeys(self.criteria)]
@@ -268,6 +274,10 @@ class PruningCurveResult(Result):
         return said if np.isnan(gap) else f"{said}, {chance.format(value[CONTROL, at])} ({apart})"
 
     # Below: how
+
+    def _check_at(self, keep: float) -> None:
+        if keep not in self.budgets():
+            raise ValueError(f"curve: got at={keep}, expected one of {', '.join(map(str, self.budgets()))}.")
 
     def _points(self, criterion: str, keep: float) -> np.ndarray:
         return np.flatnonzero((np.array(self.criteria) == criterion) & (self.keeps == keep))

@@ -94,8 +94,12 @@ def carve(
               left over goes to the shared one (mode "paper": is dropped)
     marked    neurons marked per token when groups are made; None: as many as one expert holds (mode "paper": 10)
     """
-    size, routed = len(units) // experts, experts - shared
     check_sizes(len(units), experts, shared, layer)
+    if mode not in ROUNDS or (marked is not None and marked < 1):
+        raise ValueError(
+            f"carve: got mode={mode!r}, marked={marked}, expected {' or '.join(map(repr, ROUNDS))}, and 1 or more."
+        )
+    size, routed = len(units) // experts, experts - shared
     if not len(said):
         raise ValueError(f"carve: got no tokens for layer {layer}, expected calibration texts.")
     often = markers(said, PAPER_MARKED if marked is None else marked)

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -90,7 +91,7 @@ def fuse(
         dense |= new
         with ExitStack() as undo:
             install_fused(subject, dense, [one.block for one in (*found, fusion)], undo)
-            found.append(fusion.after(float(token_mean(subject.nll(held_out).numpy(), held_out))))
+            found.append(fusion.after(_nll(subject, held_out)))
     return dense, found
 
 
@@ -131,14 +132,19 @@ def _fuse_one(
     grafts = make_grafts(subject, group, block, rank=fusing.rank, donor=fusing.donor, dice=dice)
     teaching = Teaching(subject, group, block, fusing)
     curve = train(teaching, grafts, texts, held_out, dice, progress)
-    before = token_mean(subject.nll(held_out).numpy(), held_out)
+    before = _nll(subject, held_out)
     with ExitStack() as undo:
         drop_blocks(subject, [block], undo)
-        dropped = token_mean(subject.nll(held_out).numpy(), held_out)
+        dropped = _nll(subject, held_out)
     new = {name: graft.value().detach() for name, graft in grafts.items()}
     shares = tuple((other, share_of_donor(grafts, other)) for other in group if other != block)
     influence = float(token_mean(rounds[0].at_end, texts)[block])
-    return new, Fusion(block, tuple(group), influence, tuple(curve), shares, (float(before), float(dropped)))
+    return new, Fusion(block, tuple(group), influence, tuple(curve), shares, (before, dropped))
+
+
+def _nll(subject: Subject, ids: Ids) -> float:
+    """Nats per token that is predicted: the first of a text is not."""
+    return float(np.average(subject.nll(ids).numpy(), weights=[len(row) - 1 for row in ids]))
 
 
 # Training

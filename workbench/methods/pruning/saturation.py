@@ -121,6 +121,10 @@ class SaturationResult(Result):
         if show == "share":
             return self._plot_share()
         if show == "map" and self.words:
+            if row not in range(len(self.words)):
+                raise ValueError(
+                    f"plot: got row={row!r}, expected 0 to {len(self.words) - 1}, the texts that are kept."
+                )
             return self._plot_map(row)
         raise ValueError(f"plot: got show={show!r}, expected one of {', '.join(self.views()['show'])}.")
 

@@ -17,8 +17,8 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from workbench import plots
-from workbench.methods.pruning.budgets import Budget, Ranking
-from workbench.methods.pruning.criteria import CRITERIA, READING, activity, has_neurons, scores_of
+from workbench.methods.pruning.budgets import Budget, Of, Ranking
+from workbench.methods.pruning.criteria import CRITERIA, READING, activity, has_neurons, n_neurons, scores_of
 from workbench.methods.pruning.taylor import Taylor, taylor_scores
 from workbench.pruned.plan import Plan, Shape
 from workbench.pruned.report import Sizes, kept_map, plan_table
@@ -152,7 +152,7 @@ class PruningScoresResult(Result):
         what = {"blocks": "the parameters in heads and neurons", "heads": "the parameters in heads"}.get(
             of, "the parameters in neurons"
         )
-        title = f"To free {ratio:.0%} of {what}, {name} takes"
+        title = f"To free {min(ratio, self._most(criterion)):.0%} of {what}, {name} takes"
         gone: Any = self.layers(ratio, criterion).set_index("layer")
         said = []
         for column in gone.columns:
@@ -210,15 +210,19 @@ class PruningScoresResult(Result):
             raise ValueError(f"scores: got criterion {criterion!r}, expected one of {', '.join(self.criteria)}.")
         return self.criteria[0] if criterion is None else criterion
 
-    def _of(self) -> str:
+    def _of(self) -> Of:
         """Whose units can pay in this model."""
         no_heads, no_neurons = self.refusals
         return "neurons" if no_heads else "heads" if no_neurons else "blocks"
 
     def _shown(self, ratio: float, criterion: str | None, allocation: str) -> Plan:
         """A plan to look at; where floors forbid the ratio, as far as they let it go."""
-        budget: dict[str, Any] = {"of": self._of(), "allocation": allocation}
-        return self.plan(min(ratio, self.ranking(criterion).most(Budget(**budget))), criterion=criterion, **budget)
+        most = self._most(criterion, allocation)
+        return self.plan(min(ratio, most), criterion=criterion, of=self._of(), allocation=allocation)
+
+    def _most(self, criterion: str | None, allocation: str = "global") -> float:
+        """The largest ratio that floors allow."""
+        return self.ranking(criterion).most(Budget(of=self._of(), allocation=allocation))
 
     def _by_name(self, family: str) -> dict[str, np.ndarray]:
         return dict(zip(self.criteria, getattr(self, family), strict=True))
@@ -281,7 +285,7 @@ def scored(
         notes.append("taylor scores heads by their outputs alone, as rows of queries can't be told apart")
     return PruningScoresResult(
         heads=np.stack([heads for heads, _ in found]),
-        neurons=np.stack([neurons for _, neurons in found]),
+        neurons=np.stack([neurons[:, : n_neurons(subject)] for _, neurons in found]),
         costs=np.array([sizes.head, sizes.group, sizes.neuron, sizes.rest]).T.copy(),
         outside=sizes.outside,
         itemsize=sizes.itemsize,

@@ -66,7 +66,7 @@ def middle(values: Float[Tensor, "token layer"]) -> tuple[int, int]:
 
     Layers outside stay cold: they always run. Where layers differ less than tokens do, all are the plateau.
     """
-    mean, spread = values.mean(0), float(values.std(0).mean())
+    mean, spread = values.mean(0), float(values.std(0, correction=min(1, len(values) - 1)).mean())  # one token: 0
     if float(mean.max() - mean.min()) <= spread:
         return 0, values.shape[1] - 1
     high = (mean >= (mean.min() + mean.max()) / 2).tolist()

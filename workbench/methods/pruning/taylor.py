@@ -237,7 +237,8 @@ def _by_adapters(subject: Subject, ids: Sequence[Sequence[int]], settings: Taylo
             for text in chosen:
                 (_loss(subject, ids[text]) / len(chosen)).backward(inputs=tensors)
             yield _said_by_adapters(subject, parts, adapters, settings)
-            if all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in tensors):
+            # No gradient: nothing ran there, as in a dropped block, and the optimiser leaves it as it is.
+            if all(tensor.grad is None or tensor.grad.isfinite().all() for tensor in tensors):
                 optimiser.step()
 
 
