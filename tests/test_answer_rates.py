@@ -16,6 +16,7 @@ from workbench.probes.answer_rates import AnswerRates
 )
 def test_an_answer_is_known_by_its_first_words_in_any_case(text, found):
     assert begins(text, ("SORRY", "I can't")) is found
+    assert begins(text, (" sorry", " i can't")) is found, "nor does a space before the words count"
 
 
 def test_every_toggle_is_counted_on_every_group():
@@ -50,3 +51,10 @@ def test_words_and_groups_that_are_missing_are_refused():
             AnswerRates(("sorry",)).run(subject, data)
     with pytest.raises(ValueError, match="got toggle 'other'"):
         AnswerRatesResult.of({"as it is": {"a": ["no"]}}, ("sorry",)).plot("other")
+
+
+def test_toggles_that_would_stand_in_each_others_place_are_refused():
+    push = Steer(Direction(np.ones(4)), Site(0, "resid_out"))
+    for toggles in ((("a", push), ("a", push)), {"as it is": push}):
+        with pytest.raises(ValueError, match="expected different names, none of them 'as it is'"):
+            AnswerRates(("sorry",), toggles)

@@ -258,6 +258,15 @@ def test_texts_that_end_before_the_edit_are_left_out_and_noted(monkeypatch):
         QUICK.run(subject, [Edit((5, 6), position=6, ids=(9,))])
 
 
+def test_a_text_that_ends_with_the_edited_token_has_none_that_could_stay(monkeypatch):
+    subject, probe = Subject.tiny(), replace(QUICK, n_samples=1, samplers=("full",))
+    whole = subject.generate([(5, 6)], max_new_tokens=2, dice=probe.dice("full", 1.0), rows=[0]).ids[0]
+    monkeypatch.setattr(subject, "_end_ids", lambda: [whole[1]])
+    found = probe.run(subject, [Edit((5, 6), position=3, ids=(9,))])
+    assert (found.factual == -1).all() and found.counterfactual[0, 0] >= 0
+    assert (found.first_token()[["observed", "expected", "largest"]] == 0).all(axis=None)
+
+
 def test_the_same_edit_said_in_two_ways_is_the_same(subject):
     as_prompt = QUICK.run(subject, [Edit((5, 6, 7, 8), (5, 9, 7, 8))])
     as_ids = QUICK.run(subject, [Edit((5, 6, 7, 8), position=1, ids=(9,))])
@@ -340,6 +349,15 @@ def test_results_of_other_dice_are_not_compared(subject, edits, result):
         result.plot("models")
 
 
+def test_a_pair_that_was_left_alone_is_not_its_own_control(result):
+    kept = (result.edit == 0) | (result.sample == 0)
+    arrays = {name: value[kept] for name, value in vars(result).items() if isinstance(value, np.ndarray)}
+    few = replace(result, **arrays, texts=result.texts[kept].reset_index(drop=True))
+    for compare in (few.against, few.flips):
+        with pytest.raises(ValueError, match="got one sample of edit 'nothing', expected at least two"):
+            compare(few)
+
+
 # Attributes and figures
 
 
@@ -414,6 +432,7 @@ def test_views_that_are_not_there_are_refused(result, view, message):
         (Edit((5, 6), position=-1, ids=(3,)), "got position -1"),
         (Edit((), (5,)), "is empty"),
         (Edit("xyzzy", (5,)), "not in this model's vocabulary"),
+        (Edit((5, 6), (5, 7), reads={"who": {"he": "he"}}), "among its reads, expected a list"),
     ],
 )
 def test_edits_that_make_no_sense_are_refused(subject, edit, message):

@@ -147,6 +147,18 @@ def test_the_last_prediction_does_not_depend_on_padding() -> None:
     torch.testing.assert_close(last_logprobs(subject, texts), alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("words", ["sorry", [" "], ["sorry", ""]])
+def test_letters_and_blanks_are_no_target(words: object) -> None:
+    with pytest.raises(ValueError, match="expected a list of words, none of them blank"):
+        Target.of_words(organism(), words)  # type: ignore[arg-type]
+
+
+def test_a_band_of_fewer_than_two_random_directions_is_refused() -> None:
+    for n_controls in (0, 1):
+        with pytest.raises(ValueError, match=f"got n_controls={n_controls} in mode 'corrected', expected 2 or more"):
+            DirectionSearch(n_controls=n_controls).run(Subject.tiny(), Contrast.requests())
+
+
 # --- the texts
 
 
@@ -203,7 +215,9 @@ def test_a_chat_template_is_put_around_requests_with_one_begin_token() -> None:
     assert constant_suffix(subject, made) == 2
 
 
-@pytest.mark.parametrize("data", ["texts", ["a"], (["a"], []), None])
+@pytest.mark.parametrize(
+    "data", ["texts", ["a"], (["a"], []), ("one text", ["a", "an"]), (["a", "an"], "one text"), None]
+)
 def test_what_is_no_contrast_is_refused(data: object) -> None:
     with pytest.raises(ValueError, match="Contrast: got"):
         DirectionSearch().run(Subject.tiny(), data)

@@ -207,6 +207,12 @@ def test_a_corpus_is_split_into_texts_of_about_equal_length():
     assert sorted(np.concatenate([stream.cell for stream in some[:3]])) == list(range(40))
 
 
+def test_a_text_of_which_nothing_is_counted_adds_nothing():
+    tally = tagging.Tally(2, U, 3, detrend=True, bins=None)
+    tally.add(np.arange(U), U, np.ones((U, 3), dtype=np.float32))
+    assert tally.n_texts == 0 and not tally.seen().any()
+
+
 # --- worlds whose truth is known
 
 
@@ -399,6 +405,8 @@ def test_a_corpus_beyond_the_context_is_read_in_several_texts(corpus, monkeypatc
         HFTP(mode="paper", n_shuffles=10).run(subject, corpus)
     with pytest.raises(ValueError, match="sentences_per_text"):
         replace(QUICK, sentences_per_text=30).run(subject, corpus)
+    with pytest.raises(ValueError, match="0 of 50 sentences were counted at every slot"):
+        replace(QUICK, sentences_per_text=1).run(subject, corpus)
     monkeypatch.setattr(subject.model.config, "n_positions", 5)
     with pytest.raises(ValueError, match="context is 5"):
         QUICK.run(subject, corpus)
@@ -503,6 +511,8 @@ def test_a_result_overlaps_fully_with_itself_and_refuses_another_shape(planted):
     ]
     with pytest.raises(ValueError, match="same model"):
         planted.overlap(solved(World.of(0, amplitude=0.0, lexical_sd=1.0, n_neurons=70), QUICK))
+    with pytest.raises(ValueError, match=r"got layers \(3,\) of 1000 neurons, expected \(0,\)"):
+        planted.overlap(replace(planted, layers=(3,)))
 
 
 def test_every_view_states_its_finding_and_draws_a_second_result(planted):
@@ -587,6 +597,8 @@ def test_repeated_units_are_noted():
         ({"drop_first": 0}, "rotate_start"),
         ({"drop_first": 50}, "drop_first=50"),
         ({"levels": (("phrase", 1.3),)}, "1, 2 Hz"),
+        ({"unit_rate_hz": 0.0}, "unit_rate_hz=0, expected units per second"),
+        ({"mode": "paper", "unit_rate_hz": -4.0}, "unit_rate_hz=-4, expected units per second"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message, corpus):

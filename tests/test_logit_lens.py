@@ -418,6 +418,9 @@ def test_a_tuned_lens_is_refused_where_it_does_not_belong(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="holds no tuned lens"):
         (tmp_path / "w.safetensors").write_bytes((relations_weights()).read_bytes())
         TunedLens.load(tmp_path / "w.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="can't be read"):
+        TunedLens.load(tmp_path / "broken.safetensors")
     site = Site(0, "resid_out")
     with tiny().under(Steer(Direction(torch.ones(32), site), at=site)) as subject:
         with pytest.raises(ValueError, match="under toggles"):
@@ -425,6 +428,8 @@ def test_a_tuned_lens_is_refused_where_it_does_not_belong(tmp_path: Path) -> Non
         subject.nll(["common father"])
     with pytest.raises(ValueError, match="at least 2"):
         fit_tuned_lens(tiny(), TEXTS[:1])
+    with pytest.raises(ValueError, match="got one string, expected a list of texts"):
+        fit_tuned_lens(tiny(), "common father = velish")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be positive"):
         fit_tuned_lens(tiny(), TEXTS, steps=0)
 

@@ -447,6 +447,15 @@ def test_a_relation_that_is_hardly_answered_is_left_out_and_named():
     assert {p.relation for p in result.lesions().prompts} == set(result.relations)
 
 
+@pytest.mark.parametrize("templates", [(), ("plain", "longer")])
+def test_relations_that_share_no_template_are_refused(templates):
+    made = [
+        Prompt(name, "s1", template, f"s1 {name}", ("x",)) for name, template in zip(NAMES, templates, strict=False)
+    ]
+    with pytest.raises(ValueError, match=f"no template that all of its {len(made)} relations share"):
+        RelationNeurons().run(built(redundant=False), Facts(tuple(made)))
+
+
 # --- answers
 
 

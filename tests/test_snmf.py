@@ -366,6 +366,7 @@ def test_a_model_without_neurons_says_why():
         ({"n_features": 2, "init": "zeros"}, "expected one of random, svd, knn"),
         ({"n_features": 2, "update": "adam"}, "expected one of hals"),
         ({"n_features": 500}, "at least 500 tokens"),
+        ({"n_features": 50, "init": "svd"}, "no more components to start from"),
     ],
 )
 def test_bad_settings_are_refused_in_words(settings, message):
@@ -393,6 +394,40 @@ def test_labels_must_fit_the_texts():
         LabelledTexts(("a",), ("x", "y"))
     with pytest.raises(ValueError, match="questions about"):
         LabelledTexts(("a",), ("x",), questions=(Question("z", ("a",), ("b",)),))
+
+
+@pytest.mark.parametrize("labels", [("x", "x", "x", "x"), ("x", "", "x", ""), ("x", "x", "y", "")])
+def test_labels_that_no_held_out_text_could_tell_apart_are_refused(labels):
+    texts = concepts.topics(1).texts[:4]
+    with pytest.raises(ValueError, match="expected two concepts or more, each of two texts or more"):
+        SNMF(n_features=2, keep=0.1, restarts=1).run(Subject.tiny("llama"), LabelledTexts(texts, labels))
+
+
+def test_questions_without_prompts_or_words_are_refused():
+    data, probe = concepts.topics(2), SNMF(n_features=2, keep=0.1, restarts=1, target_kl=(0.1,))
+    for question in (Question("sea", (), ("b",)), Question("sea", ("a",), ())):
+        with pytest.raises(ValueError, match="a question about 'sea' without prompts or words"):
+            probe.run(Subject.tiny("llama"), replace(data, questions=(question,)))
+
+
+@pytest.mark.parametrize("levels", [(100,), (10, 20), (10, 0)])
+def test_levels_that_do_not_fall_are_refused_before_anything_runs(levels):
+    with pytest.raises(ValueError, match="expected fewer and fewer of them"):
+        SNMF(n_features=100, levels=levels)
+
+
+def test_only_the_best_start_keeps_its_weights():
+    fits, _ = SNMF(n_features=3, keep=0.1, restarts=3, max_iterations=5)._fits([small()], torch.device("cpu"))
+    best = int(np.argmin([fit.best_loss for fit in fits]))
+    assert [len(fit.weights) for fit in fits] == [300 if k == best else 0 for k in range(3)]
+
+
+def test_one_string_is_not_taken_apart_into_letters():
+    with pytest.raises(ValueError, match="got one string"):
+        LabelledTexts("a text")  # type: ignore[arg-type]
+    for prompts, words in (("a", ("b",)), (("a",), "b")):
+        with pytest.raises(ValueError, match="expected a tuple of texts"):
+            Question("x", prompts, words)  # type: ignore[arg-type]
 
 
 def test_unknown_views_concepts_and_features_are_named(result):

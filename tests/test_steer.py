@@ -105,6 +105,11 @@ def test_clamping_to_the_mean_uses_the_mean_over_real_tokens(subject: Subject, t
     assert clamp.to == pytest.approx(expected.tolist())
 
 
+def test_the_mean_of_a_unit_that_is_not_there_is_refused_in_words(subject: Subject, texts: list[str]) -> None:
+    with pytest.raises(ValueError, match="got unit 48 at neurons@1, expected 0 to 47"):
+        Clamp.to_mean(subject, texts, {Site(1, "neurons"): [48]})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -137,13 +142,11 @@ def test_directions_have_algebra_and_keep_their_place(subject: Subject, texts: l
 
 
 def test_difference_in_means_finds_a_planted_direction(subject: Subject, texts: list[str], push: torch.Tensor) -> None:
-    """Push half of the texts along a known direction: the difference in means must point there."""
-    unit = push / push.norm()
-    plain = values(subject, texts)
-    with subject.under(Steer(unit, SITE, 50.0)):
-        pushed = values(subject, texts)
-    found = pushed.mean(0) - plain.mean(0)
-    assert float(torch.nn.functional.cosine_similarity(found, unit, dim=0)) > 0.999
+    """Push at a position that the longer text alone has: the difference in means must point there."""
+    with subject.under(Steer(push, SITE, 1e3, (5,))):
+        found = difference_in_means(subject, texts[:1], texts[1:], SITE, tokens="mean")
+    assert found.cosine(push) > 0.999
+    assert abs(difference_in_means(subject, texts[:1], texts[1:], SITE, tokens="mean").cosine(push)) < 0.9
 
 
 def test_gradients_flow_through_an_edit(subject: Subject, texts: list[str], push: torch.Tensor) -> None:

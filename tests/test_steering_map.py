@@ -221,6 +221,19 @@ def test_each_direction_is_pushed_at_its_own_layer_and_kind() -> None:
     [
         ({"direction": (direction(),)}, "one without a site"),
         ({"direction": (direction(site=Site(0, "resid_out")),), "layers": (0, 1)}, "but directions for \\(0,\\) only"),
+        (
+            {"direction": tuple(direction(k, site=Site(0, "resid_out")) for k in (0, 1)), "layers": None},
+            "expected one per layer, all of one kind",
+        ),
+        (
+            {
+                "direction": tuple(
+                    direction(k, site=Site(k, kind)) for k, kind in enumerate(("resid_in", "resid_out"))
+                ),
+                "layers": None,
+            },
+            "expected one per layer, all of one kind",
+        ),
         ({"direction": direction(model="another")}, "was found on model another"),
         ({"layers": (9,)}, "got layer 9, but this model has 3 blocks"),
         ({"strengths": ()}, "got no strengths"),
@@ -242,6 +255,24 @@ def test_data_without_other_texts_and_texts_of_one_token_are_refused() -> None:
         divergence_by_text(subject(), [(8, 9), (8,)], 2, lambda arms: subject().untoggled())
     with pytest.raises(ValueError, match="every text has one token only"):
         mean_residual_norm(subject(), [(8,)], (Site(0, "resid_in"),))
+
+
+def test_a_log_odds_that_is_enough_may_be_negative() -> None:
+    assert mapped((0.0, 0.5), reach=-1.0).reach == -1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompts": "a text"}, "got one string, expected a list of texts"),
+        ({"texts": "a text"}, "got one string, expected a list of texts"),
+        ({"target": "sorry"}, r"expected a Target or a list of words: \['sorry'\]"),
+    ],
+)
+def test_one_string_is_not_taken_apart_into_letters(given: dict, message: str) -> None:
+    options = {"prompts": texts()[:3], "texts": texts()[3:], "target": TARGET} | given
+    with pytest.raises(ValueError, match=message):
+        steering_map(subject(), direction(), (0,), n_controls=2, n_written=0, **options)  # type: ignore[arg-type]
 
 
 # --- the organism

@@ -89,6 +89,25 @@ def test_training_stops_early_and_keeps_the_epoch_that_was_best_on_held_out_rows
     assert held.loc[held["kept"], "total"].iloc[0] <= held["total"].min() + 1e-3  # the gain that counts as one
 
 
+@pytest.mark.parametrize("mode", ["corrected", "paper"])
+def test_the_losses_that_are_told_do_not_depend_on_the_size_of_a_batch(mode):
+    """Held-out rows come class by class: a mean over batches would count each class as if the other were fine."""
+    world, one = ControlledWorld.of(), replace(QUIET, mode=mode, rate=0.0, epochs=1)
+    whole, parts = (
+        train(
+            world.values,
+            world.wanted.numpy(),
+            world.response,
+            reads=EDITS[:1],
+            edits=EDITS,
+            training=replace(one, batch=batch),
+        ).losses
+        for batch in (512, 12)
+    )
+    columns = ["gate", "behaviour", "kl", "total"]
+    np.testing.assert_allclose(parts[columns], whole[columns], rtol=1e-4, atol=1e-6)  # float32 sums
+
+
 def test_rows_of_one_kind_or_too_few_are_refused():
     world = ControlledWorld.of()
     for labels, message in (([True] * 8, "rows of both kinds"), ([True] + [False] * 7, "got 1 row of one class")):
@@ -148,6 +167,8 @@ def test_training_leaves_the_model_without_gradients_hooks_or_changes():
     assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in subject.model.modules())
     assert made.controller.model == subject.fingerprint and toggle.threshold == 0.5
+    with pytest.raises(ValueError, match="got 2 reads and 0 edits, expected some of each"):
+        WeightedSteer.fit(subject, *prompts(), direction, reads=sites, edits=[], behaviour=[3])
     with pytest.raises(ValueError, match="was trained on model"), Subject.tiny("llama", 1).under(toggle):
         pass
 
@@ -243,6 +264,9 @@ def test_a_controller_survives_its_file_and_json(tmp_path):
     save_file({"vector": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds no controller"):
         Controller.load(tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="can't be read"):
+        Controller.load(tmp_path / "broken.safetensors")
 
 
 def test_tensors_that_do_not_fit_or_are_no_numbers_are_refused():

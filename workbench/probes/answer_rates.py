@@ -42,6 +42,11 @@ class AnswerRates(Probe):
         object.__setattr__(self, "starts", starts)
         if not starts or not all(word.strip() for word in starts):
             raise ValueError(f"AnswerRates: got starts={self.starts!r}, expected the first words of some answers.")
+        names = [name for name, _ in self.toggles]
+        if len({AS_IT_IS, *names}) <= len(names):  # one would stand in the other's place
+            raise ValueError(
+                f"AnswerRates: got toggles named {names}, expected different names, none of them {AS_IT_IS!r}."
+            )
 
     def measure(self, subject: Subject, data: Any) -> AnswerRatesResult:
         if not isinstance(data, Mapping) or not data or not all(len(prompts) for prompts in data.values()):

@@ -19,18 +19,15 @@ import torch
 from workbench.dice import Dice, Sampler
 from workbench.generation import Generation, text_of
 from workbench.methods.counterfactual.agreement import (
+    COUNTERFACTUAL,
+    INTERVENTIONAL,
+    TEXTS,
     gumbel_agreement,
     independent_agreement,
     inverse_cdf_agreement,
     largest_agreement,
 )
-from workbench.methods.counterfactual.counterfacts import (
-    COUNTERFACTUAL,
-    INTERVENTIONAL,
-    TEXTS,
-    CounterfactualResult,
-    Pair,
-)
+from workbench.methods.counterfactual.counterfacts import CounterfactualResult, Pair
 from workbench.methods.counterfactual.edits import Edit, Plan, plan
 from workbench.probe import Expectation, Planted, Probe
 from workbench.settings import Bounds
@@ -200,7 +197,8 @@ def first_tokens(
             expected = expected_agreement(log_p.exp().numpy(), log_q.exp().numpy(), dice.sampler)
             for pair in (pair for pair, its in enumerate(places) if its == place):
                 before, after = (float(log_q[i[0]] - log_p[i[0]]) if i else np.nan for i in ids[pair][:2])
-                found[pair] = expected, (before, after)
+                # A factual text that ends where the edit does has no token that could stay.
+                found[pair] = expected if ids[pair][0] else (0.0, 0.0, 0.0), (before, after)
     return [found[pair] for pair in range(len(places))]
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from workbench.methods.relations.deactivated import DeactivationResult
-from workbench.methods.relations.facts import Prompt, ask, checked_rule, project_facts
+from workbench.methods.relations.facts import Prompt, ask, project_facts
 from workbench.methods.relations.lesions import Ask, Lesions, checked_sizes, switch_off
 from workbench.methods.relations.responses import Layout, parts_there
 from workbench.probe import Expectation, Planted, Probe
+from workbench.settings import Bounds
 from workbench.toggles import Clamp
 
 if TYPE_CHECKING:
@@ -40,14 +41,11 @@ class Deactivation(Probe):
     rule: Literal["exact", "prefix"] = "exact"
     seed: int = 0
 
+    bounds: ClassVar[Bounds] = {"n_random": 0}
+
     def measure(self, subject: Subject, data: Lesions) -> DeactivationResult:
         if not isinstance(data, Lesions):
             raise ValueError(f"Deactivation: got a {type(data).__name__}, expected Lesions, such as result.lesions().")
-        if self.by not in ("zero", "mean") or self.n_random < 0:
-            raise ValueError(
-                f"Deactivation: got by={self.by!r}, n_random={self.n_random}, expected zero or mean, and 0 or more."
-            )
-        checked_rule(self.rule)
 
         def answered(units: np.ndarray | None, relation: int, chosen: np.ndarray) -> np.ndarray:
             prompts = [data.prompts[index] for index in chosen]

@@ -45,7 +45,7 @@ class DirectionSearch(Probe):
     layers         None: all                  kind      which residual stream: before a block, as published, or after
     n_train, n_validation   texts of each class to find the direction, and others to judge it
     answer_tokens  over how many tokens of the answer the target is looked for; 1 as published
-    n_controls     random directions, at every layer
+    n_controls     random directions, at every layer; their band takes two or more, mode "paper" takes none
     kl_limit, addition_min, depth_limit   see `Thresholds`; the last is a share of the layers
     batch          tokens per forward; candidates and texts share batches
     """
@@ -77,6 +77,11 @@ class DirectionSearch(Probe):
     }
 
     def measure(self, subject: Subject, data: Any) -> SearchResult:
+        if self.mode == "corrected" and self.n_controls < 2:
+            raise ValueError(
+                f"DirectionSearch: got n_controls={self.n_controls} in mode 'corrected', expected 2 or more: "
+                "candidates are compared with the band of random directions, and one gives no band."
+            )
         train, validation = Contrast.of(data).split(self.n_train, self.n_validation, self.seed)
         target = self._target(subject, train)
         if self.mode == "paper":

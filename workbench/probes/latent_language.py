@@ -84,11 +84,6 @@ class LatentLanguage(Probe):
         return self._result(parts, [items[index] for index in good], dropped, name)
 
     def _check(self) -> None:
-        choices = {"mode": ("corrected", "paper"), "words": ("whole", "first_token"), "length": ("sum", "geometric")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                got = getattr(self, name)
-                raise ValueError(f"LatentLanguage: got {name}={got!r}, expected {' or '.join(allowed)}.")
         if self.mode == "paper" and (self.words, self.length) != ("whole", "sum"):
             raise ValueError(
                 f"LatentLanguage: got words={self.words!r}, length={self.length!r} in mode 'paper', which sums over "

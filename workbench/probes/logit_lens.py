@@ -46,8 +46,6 @@ class LogitLens(Probe):
     bounds: ClassVar[Bounds] = {"k": 1, "n_bootstrap": 1}
 
     def measure(self, subject: Subject, data: Sequence[str]) -> ReadOutResult:
-        if self.positions not in ("all", "last"):
-            raise ValueError(f"LogitLens: got positions={self.positions!r}, expected 'all' or 'last'.")
         lengths = subject.tokenize(data, cut=self.cut).lengths
         texts, unembedding = list(data), Unembedding.of(subject)
         name, lens = lens_named(self.lens, unembedding)

@@ -86,6 +86,11 @@ class RelationNeurons(Probe):
             notes.append(f"{subject.name} has no {lacking}: only {' and '.join(parts)} were read")
         detection, evaluation = data.split(self.held_out, self.seed)
         templates = self.templates or data.templates[: self._default(None, 2, 1)]
+        if not templates:
+            raise ValueError(
+                f"RelationNeurons: {data.name!r} has no template that all of its {len(data.relations)} relations "
+                "share, expected one. Keep some relations by Facts.where."
+            )
         asked = {template: detection.of(template).prompts for template in templates}
         facts, kept = self._answered(subject, asked)
         count = [Counter(prompt.relation for prompt in prompts) for prompts in kept.values()]

@@ -8,8 +8,10 @@ Matrix Factorization" (arXiv 2506.10920); the update, the restarts and the label
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -82,8 +84,18 @@ class SNMF(Probe):
 
     bounds: ClassVar[Bounds] = {"restarts": 1, "tolerance": 0, "n_contexts": 0, "n_words": 0}
 
+    def __post_init__(self) -> None:
+        if any(not 0 < above < below for below, above in pairwise((self.n_features, *self.levels))):
+            raise ValueError(
+                f"SNMF: got levels={self.levels} above {self.n_features} features, expected fewer and fewer of them."
+            )
+
     def measure(self, subject: Subject, data: LabelledTexts | Sequence[str]) -> SNMFResult:
         data = data if isinstance(data, LabelledTexts) else LabelledTexts(_as_texts(data))
+        _check_labels(data)
+        unasked = [one.concept for one in data.questions if not (one.prompts and one.words)]
+        if self.target_kl and unasked:
+            raise ValueError(f"SNMF: got a question about {unasked[0]!r} without prompts or words, expected both.")
         layer = subject.n_layers // 2 if self.layer is None else self.layer
         site, held = Site(layer, "neurons"), data.held_out
         subject.anatomy.place(site)  # a model without such a place is refused before anything runs
@@ -142,6 +154,10 @@ class SNMF(Probe):
             clock = time.perf_counter()
             fits.append(self._settings().fit(blocks, seed=1000 * self.seed + start, device=device))
             seconds.append(time.perf_counter() - clock)
+            best = min(fits, key=lambda fit: fit.best_loss)
+            fits = [
+                fit if fit is best else replace(fit, weights=fit.weights.new_empty(0, self.n_features)) for fit in fits
+            ]
         return fits, seconds
 
     def _result(
@@ -258,6 +274,16 @@ def _as_texts(data: Any) -> tuple[str, ...]:
     if isinstance(data, str) or not all(isinstance(text, str) for text in data):
         raise ValueError(f"SNMF: got {type(data).__name__}, expected a list of texts or LabelledTexts.")
     return tuple(data)
+
+
+def _check_labels(data: LabelledTexts) -> None:
+    """ValueError where no concept could be told from another on texts that are held out."""
+    count = Counter(label for label in data.labels if label)
+    if count and (len(count) < 2 or min(count.values()) < 2):
+        raise ValueError(
+            f"SNMF: got labels of so many texts: {dict(count)}, expected two concepts or more, each of two texts or "
+            "more: every second one is held out. Leave the labels out to factorise alone."
+        )
 
 
 def _stability(fits: list[Factors], best: int) -> np.ndarray:

@@ -62,7 +62,7 @@ class SteeringMap(Probe):
     batch: int = 2048
     seed: int = 0
 
-    bounds: ClassVar[Bounds] = {"kl_limit": 0, "reach": 0, "n_controls": 0, "n_written": 0, "batch": 1}
+    bounds: ClassVar[Bounds] = {"kl_limit": 0, "n_controls": 0, "n_written": 0, "batch": 1}
 
     def measure(self, subject: Subject, data: Any) -> SteeringMapResult:
         if not isinstance(data, Mapping) or not {"prompts", "texts"} <= set(data):
@@ -147,6 +147,9 @@ class SteeringMap(Probe):
             if any(one.site is None for one in self.direction):
                 raise ValueError("SteeringMap: got several directions, one without a site: which layer is it for?")
             own = {one.site.layer: one for one in self.direction if one.site}
+            if len(own) < len(self.direction) or len({one.site.kind for one in self.direction if one.site}) > 1:
+                places = ", ".join(str(one.site) for one in self.direction)
+                raise ValueError(f"SteeringMap: got directions for {places}, expected one per layer, all of one kind.")
             found = own if self.layers is None else {layer: own[layer] for layer in self.layers if layer in own}
             if self.layers is not None and set(self.layers) - set(own):
                 raise ValueError(f"SteeringMap: got layers {self.layers}, but directions for {tuple(own)} only.")
@@ -188,6 +191,8 @@ def steering_map(
 
     `.plot()` shows it, `.best()` answers which layer and how much.
     """
+    if isinstance(target, str):
+        raise ValueError(f"steering_map: got target={target!r}, expected a Target or a list of words: [{target!r}].")
     probe = SteeringMap(
         direction if isinstance(direction, Direction) else tuple(direction),
         target if isinstance(target, Target) else tuple(target),
@@ -195,7 +200,7 @@ def steering_map(
         tuple(float(strength) for strength in strengths),
         **settings,
     )
-    result = probe.run(subject, {"prompts": tuple(prompts), "texts": tuple(texts)})
+    result = probe.run(subject, {"prompts": prompts, "texts": texts})
     assert isinstance(result, SteeringMapResult)
     return result
 

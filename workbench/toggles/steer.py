@@ -167,6 +167,8 @@ class Clamp(Toggle):
     ) -> Clamp:
         """Clamp each unit to its mean over all tokens of `texts`: a lesion that keeps the average activity."""
         sites = list(units)
+        for site in sites:
+            _check_units(subject, site, units[site])
         capture = subject.capture(texts, sites)
         means = [capture[site].double().flatten(1).mean(0)[list(units[site])] for site in sites]
         pairs = tuple((site, tuple(units[site])) for site in sites)
@@ -175,11 +177,7 @@ class Clamp(Toggle):
     def install(self, subject: Subject, undo: ExitStack) -> None:
         start = 0
         for site, indices in self.units:
-            width = subject.anatomy.width(site)
-            count = width[0] if len(width) == 1 else width[0] * width[1]
-            wrong = [index for index in indices if not 0 <= index < count]
-            if wrong:
-                raise ValueError(f"Clamp: got unit {wrong[0]} at {site}, expected 0 to {count - 1} on {subject.name}.")
+            _check_units(subject, site, indices)
             values = self.to[start : start + len(indices)] if isinstance(self.to, tuple) else [self.to] * len(indices)
             start += len(indices)
             if not indices:
@@ -213,6 +211,13 @@ class Clamp(Toggle):
 def _example_vector(subject: Subject) -> Direction:
     noise = torch.randn(subject.anatomy.d_model, generator=torch.Generator().manual_seed(0))
     return Direction(noise, name="random")
+
+
+def _check_units(subject: Subject, site: Site, indices: Sequence[int]) -> None:
+    count = torch.Size(subject.anatomy.width(site)).numel()
+    wrong = [index for index in indices if not 0 <= index < count]
+    if wrong:
+        raise ValueError(f"Clamp: got unit {wrong[0]} at {site}, expected 0 to {count - 1} on {subject.name}.")
 
 
 def _norm(value: Tensor) -> Tensor:

@@ -75,6 +75,10 @@ class WeightedSteer(Toggle):
         training = training or Training()
         if positions == "generated":
             raise ValueError("WeightedSteer.fit: positions 'generated' moves nothing before the first answer token.")
+        if not reads or not edits:
+            raise ValueError(
+                f"WeightedSteer.fit: got {len(reads)} reads and {len(edits)} edits, expected some of each."
+            )
         prompts = subject.tokenize(wanted).ids + subject.tokenize(others).ids
         vector = direction.for_subject(subject, edits[0]) * strength
         values = _read(subject, prompts, reads)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 END = -1  # fills the places after a text's end
+FACTUAL, COUNTERFACTUAL, INTERVENTIONAL = TEXTS = ("factual", "counterfactual", "interventional")
+KINDS = (COUNTERFACTUAL, INTERVENTIONAL)  # what a factual text is compared with
+SAME_DICE, OTHER_DICE = "same dice", "other dice"  # what another model's texts are compared by
 
 
 def equal_and_counted(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What counterfactual generation found: tables of agreement between texts before and after an edit, and their figures.
+"""What counterfactual generation found: tables of agreement between texts before and after an edit.
 
 Each pair is one edit and one throw of the dice: a factual text, its counterfactual (same throw) and its interventional
 twin (fresh throw). Intervals: bootstrap over pairs (Efron, 1979); shares of read words after Wilson, 1927.
@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
-from workbench import plots
 from workbench.generation import text_of
+from workbench.methods.counterfactual import figures
 from workbench.methods.counterfactual.agreement import (
+    COUNTERFACTUAL,
     END,
+    FACTUAL,
+    INTERVENTIONAL,
+    KINDS,
+    OTHER_DICE,
+    SAME_DICE,
+    TEXTS,
     common_prefix,
     edit_distance,
     equal_and_counted,
@@ -34,12 +39,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from transformers import PreTrainedTokenizerBase
 
-FACTUAL, COUNTERFACTUAL, INTERVENTIONAL = TEXTS = ("factual", "counterfactual", "interventional")
-KINDS = (COUNTERFACTUAL, INTERVENTIONAL)  # what a factual text is compared with
-SAME_DICE, OTHER_DICE = "same dice", "other dice"  # what another model's texts are compared by
-COLORS = {FACTUAL: plots.GREY, COUNTERFACTUAL: plots.BLUE, INTERVENTIONAL: plots.VERMILLION}
 TEXTS_SHOWN = 24  # pairs that `views` offers
-Passage = tuple[str, list[tuple[str, str | None]]]  # a name, and pieces of text with their colours
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class CounterfactualResult(Result):
     factual, counterfactual, interventional (n, T)   token ids, -1 after the end of a text
     log_prob (n, 3, T)   of these tokens, in nats, at temperature 1 without truncation; NaN after the end
     expected (n, 3)      chance that the first token stays: same dice, fresh dice, the most that any coupling reaches;
-                         from the model's two distributions. NaN for the sampler "rank", which has no closed form here
+                         from the model's two distributions. NaN for the sampler "rank", which has no closed form here;
+                         0 where the factual text ends with the edit, so that nothing could stay
     shift (n, 2)         log(q / p) of the first factual and the first counterfactual token: what the edit did to both
     edit, sample, sampler, temperature (n,)          edit and sampler are indices into names and samplers
     texts                the three texts of each pair, decoded; text does not go back to ids anywhere
@@ -307,49 +308,15 @@ class CounterfactualResult(Result):
 
     def _plot_temperature(self, edit: str, sampler: str, temperature: float) -> Figure:
         table = self.summary().query("edit == @edit and sampler == @sampler and measure == 'edit_distance'")
-        at = table[table["temperature"] == temperature].set_index("kind")["value"]
-        title = (
-            f"Edit of {edit}: with the same dice {at[COUNTERFACTUAL]:.0%} of the text changes, with fresh dice "
-            f"{at[INTERVENTIONAL]:.0%} (temperature {temperature:g}, sampler {sampler})"
-        )
-        names: dict[str, Any] = {
-            "x_title": "temperature",
-            "y_title": "edit distance (share of tokens)",
-            "colors": COLORS,
-        }
-        figure = plots.lines(table, "temperature", "value", "kind", "low", "high", title=title, **names)
-        return figure.update_yaxes(rangemode="tozero", tickformat=".0%")
+        return figures.temperatures(table, edit, sampler, temperature)
 
     def _plot_position(self, edit: str, sampler: str, temperature: float) -> Figure:
-        table = self.agreement(edit, sampler, temperature).dropna()
-        first = table[table["position_after_edit"] == 0].set_index("kind")["equal_share"]
         chosen = self._chosen(edit, sampler, temperature)
-        whole = [float(equal_share(self.factual[chosen], self._ids(kind)[chosen]).mean()) for kind in KINDS]
-        title = (
-            f"Edit of {edit}: with the same dice {first[COUNTERFACTUAL]:.0%} of first tokens and {whole[0]:.0%} of all "
-            f"stay where they were; with fresh dice {first[INTERVENTIONAL]:.0%} and {whole[1]:.0%}"
-        )
-        return _over_positions(table, title, COLORS)
+        whole = {kind: float(equal_share(self.factual[chosen], self._ids(kind)[chosen]).mean()) for kind in KINDS}
+        return figures.positions(self.agreement(edit, sampler, temperature).dropna(), whole, edit)
 
     def _plot_couplings(self, edit: str, sampler: str, temperature: float) -> Figure:
-        table = self.first_token().query("edit == @edit and temperature == @temperature")
-        same = table[table["kind"] == COUNTERFACTUAL]
-        kept = [f"{name} {share:.0%}" for name, share in zip(same["sampler"], same["observed"], strict=True)]
-        fresh = table.loc[table["kind"] == INTERVENTIONAL, "expected"].mean()
-        bound = table["largest"].mean()
-        title = (
-            f"Edit of {edit}: the coupling decides how many first tokens stay: {', '.join(kept)}; by chance "
-            f"{fresh:.0%}, and no coupling can keep more than {bound:.0%}"
-        )
-        truth = same.assign(source="closed form", **dict.fromkeys(("observed", "low", "high"), same["expected"]))
-        twin = table[table["kind"] == INTERVENTIONAL].assign(source="fresh dice")
-        drawn = pd.concat([same.assign(source="same dice"), truth, twin])
-        names: dict[str, Any] = {"title": title, "x_title": "sampler", "y_title": "share of first tokens that stay"}
-        colors = {"same dice": plots.BLUE, "closed form": plots.SKY, "fresh dice": plots.VERMILLION}
-        figure = plots.bars(drawn, "sampler", "observed", "low", "high", "source", colors=colors, **names)
-        dotted = {"color": plots.GREY, "width": 1, "dash": "dot"}
-        figure.add_hline(bound, line=dotted, annotation_text="the most that any coupling can keep")
-        return figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
+        return figures.couplings(self.first_token().query("edit == @edit and temperature == @temperature"), edit)
 
     def _plot_attributes(self, edit: str, sampler: str, temperature: float, attribute: str | None) -> Figure:
         known = self._attributes(edit)
@@ -359,41 +326,15 @@ class CounterfactualResult(Result):
                 f"plot: edit {edit!r} reads no {attribute!r}, expected one of {known or 'its reads: none'}."
             )
         chosen = self._chosen(edit, sampler, temperature)
-        values = {kind: self._values(kind, attribute, chosen, None) for kind in TEXTS}
-        rows = []
-        for value in dict.fromkeys(chain.from_iterable(values.values())):
-            for kind in TEXTS:
-                count = values[kind].count(value)
-                low, high = wilson_interval(count, len(values[kind]))
-                rows.append((value, kind, count / len(values[kind]), float(low), float(high)))
-        table = pd.DataFrame(rows, columns=["value", "text", "share", "low", "high"])
-        moved = [np.mean([a != b for a, b in zip(values[FACTUAL], values[k], strict=True)]) for k in KINDS]
-        title = f"Edit of {edit}: the {attribute} changes in {moved[0]:.0%} of texts with the same dice"
-        title += f", in {moved[1]:.0%} with fresh dice"
-        names: dict[str, Any] = {"title": title, "x_title": attribute, "y_title": "share of texts", "colors": COLORS}
-        figure = plots.bars(table, "value", "share", "low", "high", "text", **names)
-        return figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
+        return figures.attributes({k: self._values(k, attribute, chosen, None) for k in TEXTS}, attribute, edit)
 
     def _plot_text(self, edit: str, sampler: str, temperature: float, pair: int) -> Figure:
         chosen = np.flatnonzero(self._chosen(edit, sampler, temperature))
         if not 0 <= pair < len(chosen):
             raise ValueError(f"plot: got pair {pair}, expected 0 to {len(chosen) - 1} for {edit!r} at {temperature:g}.")
         at = int(chosen[pair])
-        factual = self._tokens(FACTUAL, at)
-        marked = {kind: _changes(factual, self._tokens(kind, at)) for kind in KINDS}
-        counts = [f"{sum(new for _, new in marked[kind])} of {len(marked[kind])}" for kind in KINDS]
-        title = (
-            f"Edit of {edit}, pair {pair}: {counts[0]} tokens are new with the same dice, {counts[1]} with fresh dice"
-        )
-        number = int(self.edit[at])
-        passages: list[Passage] = [
-            ("prompt", [(self.prompts[number], None)]),
-            ("edited", [(self.edited[number], None)]),
-        ]
-        passages.append((FACTUAL, [(self._piece(token), None) for token in factual]))
-        for kind in KINDS:
-            passages.append((kind, [(self._piece(t), COLORS[kind] if new else None) for t, new in marked[kind]]))
-        return plots.passages(passages, title=title)
+        prompts = self.prompts[self.edit[at]], self.edited[self.edit[at]]
+        return figures.texts(prompts, {k: self._tokens(k, at) for k in TEXTS}, self._piece, edit, pair)
 
     def _plot_models(
         self, edit: str, sampler: str, temperature: float, other: CounterfactualResult | None, other_name: str
@@ -401,13 +342,7 @@ class CounterfactualResult(Result):
         if other is None:
             raise ValueError("plot: view 'models' got no second result, expected other=RESULT, see `against`.")
         table = self.against(other).query("edit == @edit and sampler == @sampler and temperature == @temperature")
-        table = table.dropna()
-        first = table[table["position_after_edit"] == 0].set_index("kind")["equal_share"]
-        title = (
-            f"The same dice on {other_name}: {first[SAME_DICE]:.0%} of first tokens stay, "
-            f"with other dice {first[OTHER_DICE]:.0%} (unedited prompts of {edit!r}, temperature {temperature:g})"
-        )
-        return _over_positions(table, title, {SAME_DICE: plots.BLUE, OTHER_DICE: plots.VERMILLION})
+        return figures.models(table.dropna(), edit, temperature, other_name)
 
     def _ids(self, kind: str) -> np.ndarray:
         return {FACTUAL: self.factual, COUNTERFACTUAL: self.counterfactual, INTERVENTIONAL: self.interventional}[kind]
@@ -493,13 +428,18 @@ class CounterfactualResult(Result):
                 raise ValueError(f"against: the pairs differ in {name}, expected the same probe on the same edits.")
         if self.factual.shape != other.factual.shape:
             raise ValueError("against: the texts differ in max_new_tokens, expected the same probe.")
-        thrown = self.sample[self.temperature > 0]
-        if not thrown.size:
+        thrown = self.temperature > 0
+        if not thrown.any():
             raise ValueError(
                 "against: both results are greedy only, expected a temperature above 0. Nothing was thrown."
             )
-        if thrown.max() < 1:
-            raise ValueError("against: got one sample per edit, expected at least two. The next one is the control.")
+        settings = np.stack([self.edit, self.sampler, self.temperature])[:, thrown]
+        groups, pairs = np.unique(settings, axis=1, return_counts=True)
+        if pairs.min() < 2:
+            name = self.names[int(groups[0, pairs.argmin()])]
+            raise ValueError(
+                f"against: got one sample of edit {name!r}, expected at least two. The next one is the control."
+            )
 
 
 def _packed(rows: Sequence[Sequence[float]], length: int, fill: float, dtype: Any) -> np.ndarray:
@@ -536,12 +476,6 @@ def _per_position(a: np.ndarray, b: np.ndarray, kind: str, seed: int) -> pd.Data
     return pd.DataFrame({**columns, "low": low, "high": high, "pairs": counted.sum(axis=0)})
 
 
-def _over_positions(table: pd.DataFrame, title: str, colors: Mapping[str, str]) -> Figure:
-    names: dict[str, Any] = {"x_title": "tokens after the edit", "y_title": "share of equal tokens", "colors": colors}
-    figure = plots.lines(table, "position_after_edit", "equal_share", "kind", "low", "high", title=title, **names)
-    return figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
-
-
 def _next_sample(edit: np.ndarray) -> np.ndarray:
     """(n,) for each pair the place of the next pair of its edit, the last one's being the first."""
     following = np.empty(len(edit), dtype=np.int64)
@@ -549,11 +483,3 @@ def _next_sample(edit: np.ndarray) -> np.ndarray:
         places = np.flatnonzero(edit == number)
         following[places] = np.roll(places, -1)
     return following
-
-
-def _changes(factual: list[int], tokens: list[int]) -> list[tuple[int, bool]]:
-    """The tokens, each with whether it is new: outside of every block that both texts share."""
-    new = [True] * len(tokens)
-    for _, start, size in SequenceMatcher(None, factual, tokens, autojunk=False).get_matching_blocks():
-        new[start : start + size] = [False] * size
-    return list(zip(tokens, new, strict=True))

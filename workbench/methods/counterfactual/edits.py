@@ -68,6 +68,9 @@ def plan(subject: Subject, edit: Edit) -> Plan:
             f"Edit {edit.name!r}: got edited={edit.edited!r} and position={edit.position}, expected one of them: "
             "the edited prompt, or a position with new ids."
         )
+    spelled = [words for values in edit.reads.values() for words in values.values() if isinstance(words, str)]
+    if spelled:
+        raise ValueError(f"Edit {edit.name!r}: got {spelled[0]!r} among its reads, expected a list: [{spelled[0]!r}].")
     before = _ids(subject, edit.prompt)
     if edit.edited is not None:
         after = _ids(subject, edit.edited)

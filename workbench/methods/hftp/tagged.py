@@ -153,7 +153,7 @@ class HFTPResult(Result):
         return float(significant[..., self._level(level)][self.exists].mean())
 
     def share_beyond_control(self, level: str) -> float:
-        """Share of all neurons that are significant and whose effect's interval lies above the control's amplitude."""
+        """Share of all neurons that are significant and whose amplitude surely exceeds the control's: low above 0."""
         k = self._level(level)
         return float((self.significant[..., k] & (self.low[..., k] > 0))[self.exists].mean())
 
@@ -161,7 +161,8 @@ class HFTPResult(Result):
         """Neurons that are in the same set in both results, per layer: two corpora, two toggles, two seeds."""
         if self.p.shape[:2] != other.p.shape[:2] or self.layers != other.layers:
             raise ValueError(
-                f"overlap: got layers and neurons {other.p.shape[:2]}, expected {self.p.shape[:2]}. "
+                f"overlap: got layers {other.layers} of {other.p.shape[1]} neurons, expected {self.layers} of "
+                f"{self.p.shape[1]}. "
                 "Only results of the same model's same layers share neurons."
             )
         pairs = self.sets(), other.sets()

@@ -228,6 +228,8 @@ class Tally:
     def add(self, cells: np.ndarray, first: int, values: np.ndarray) -> None:
         """Add the responses (n_places, n_neurons) to one text; those before place `first` don't count."""
         values, cells = values[first:], cells[first:]
+        if not len(values):  # a text of no more sentences than are dropped
+            return
         if self.detrend:
             values = detrended(values)  # after the cut: the first token's activation is often enormous
         self.sums[cells] += values  # a text holds each cell at most once

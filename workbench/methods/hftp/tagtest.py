@@ -43,11 +43,11 @@ class FrequencyTest:
     @classmethod
     def of(cls, probe: HFTP, corpus: UnitCorpus) -> FrequencyTest:
         n_units, paper = len(corpus.sentences[0]), probe.mode == "paper"
-        named = probe.levels or tuple((name, j * probe.unit_rate_hz / n_units) for name, j in corpus.levels)
-        rates = tuple(_rates(probe, name, rate_hz, n_units) for name, rate_hz in named)
         null = probe.null_model or ("time" if paper else "slot")
         control = probe.control or ("category" if corpus.slot_classes and not paper else "scramble")
         _check(probe, corpus, null, control)
+        named = probe.levels or tuple((name, j * probe.unit_rate_hz / n_units) for name, j in corpus.levels)
+        rates = tuple(_rates(probe, name, rate_hz, n_units) for name, rate_hz in named)
         return cls(probe, null, control, tuple(name for name, _ in named), rates, len(corpus.sentences), n_units)
 
     @property
@@ -98,6 +98,11 @@ class FrequencyTest:
 
     def _layer(self, experimental: tagging.Tally, control: tagging.Tally) -> Layer:
         seen = experimental.seen() & control.seen()
+        if seen.sum() < 2:
+            raise ValueError(
+                f"HFTP: {seen.sum()} of {len(seen)} sentences were counted at every slot, expected at least 2. Use "
+                "more sentences, n_shuffles or sentences_per_text, or a smaller drop_first."
+            )
         own, other = experimental.means(seen), control.means(seen)  # (n_sentences, n_units, n_neurons)
         found = self._paper(experimental, control) if self.paper else self._corrected(experimental, control, own, other)
         for prefix, responses in (("", own), ("control_", other)):
@@ -231,6 +236,8 @@ def _rates(probe: HFTP, name: str, rate_hz: float, n_units: int) -> tuple[float,
 
 def _check(probe: HFTP, corpus: UnitCorpus, null: str, control: str) -> None:
     paper = probe.mode == "paper"
+    if probe.unit_rate_hz <= 0:
+        raise ValueError(f"HFTP: got unit_rate_hz={probe.unit_rate_hz:g}, expected units per second, more than 0.")
     if control == "category" and corpus.slot_classes is None:
         raise ValueError(
             "HFTP: control='category' needs slot classes: pass a UnitCorpus with them, or control='scramble'."

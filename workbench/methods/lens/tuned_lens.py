@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -80,11 +80,16 @@ class TunedLens:
         """The lens that `save` wrote."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"TunedLens: {path} is no file, expected one that TunedLens.save wrote.")
-        with safe_open(str(path), framework="pt") as file:
-            facts = file.metadata() or {}
-            if "model" not in facts or {"weight", "bias"} - set(file.keys()):
-                raise ValueError(f"TunedLens: {path} holds no tuned lens, expected a file that TunedLens.save wrote.")
-            weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                facts = file.metadata() or {}
+                if "model" not in facts or {"weight", "bias"} - set(file.keys()):
+                    raise ValueError(
+                        f"TunedLens: {path} holds no tuned lens, expected a file that TunedLens.save wrote."
+                    )
+                weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+        except SafetensorError as error:
+            raise ValueError(f"TunedLens: {path} can't be read ({error}), expected a file that save wrote.") from None
         history = {int(layer): tuple(values) for layer, values in json.loads(facts["history"]).items()}
         return cls(weight, bias, facts["model"], history)
 
@@ -129,6 +134,8 @@ def fit_tuned_lens(
     """
     if subject.active:
         raise ValueError(f"fit_tuned_lens: {subject} is under toggles, expected the plain model. Leave the with block.")
+    if isinstance(texts, str):
+        raise ValueError(f"fit_tuned_lens: got one string, expected a list of texts. Write [{texts[:30]!r}, ...].")
     if len(texts) < 2:
         raise ValueError(f"fit_tuned_lens: got {len(texts)} text, expected at least 2: one trains, one validates.")
     if min(steps, rows, patience, n_tokens) < 1 or rate <= 0:

@@ -36,6 +36,11 @@ class Question:
     prompts: tuple[str, ...]
     words: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("prompts", "words"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"Question: got {name}={getattr(self, name)!r}, expected a tuple of texts.")
+
 
 @dataclass(frozen=True)
 class LabelledTexts:
@@ -52,6 +57,8 @@ class LabelledTexts:
     questions: tuple[Question, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.texts, str):
+            raise ValueError(f"LabelledTexts: got one string, expected a tuple of texts: ({self.texts[:30]!r},).")
         for name, values in (("labels", self.labels), ("spans", self.spans)):
             if values and len(values) != len(self.texts):
                 raise ValueError(f"LabelledTexts: got {len(values)} {name} for {len(self.texts)} texts.")
@@ -179,7 +186,6 @@ def detection(
     Columns: method, concept, direction, fit_auc, auc, low, high. The control permutes the labels over texts 50 times:
     its row holds the mean and where 95 % of the permutations lie, and no direction (-1).
     """
-    labels, held = np.array(data.labels), data.held_out
     labels, held = np.array(data.labels), data.held_out
     fit, test = (read & (labels != "") & part for part in (~held, held))
     rows = []

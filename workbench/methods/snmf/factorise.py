@@ -85,7 +85,8 @@ class SemiNMF:
         """Factors of the tokens in `blocks`, each (n_tokens, m). Each block is moved to `device` when its turn comes.
 
         Memory: one block, the weights (n, K) twice, and O(m K). Blocks may lie on disk: an iteration reads each once.
-        Raises ValueError for empty, infinite or all-zero activations and for more features than tokens or neurons.
+        Raises ValueError for empty, infinite or all-zero activations, for more features than tokens, and with
+        init="svd" for more than neurons.
         """
         energy = self._checked(blocks, device)
         weights = self._start(blocks, seed, device)  # one (K, n_tokens) per block
@@ -142,6 +143,11 @@ class SemiNMF:
         n, m = sum(len(block) for block in blocks), blocks[0].shape[1] if len(blocks) else 0
         if n < self.n_features or m < 1:
             raise ValueError(f"SemiNMF: got {n} tokens of {m} neurons, expected at least {self.n_features} tokens.")
+        if self.init == "svd" and m < self.n_features:
+            raise ValueError(
+                f"SemiNMF: got init='svd' for {self.n_features} features of {m} neurons, expected at most {m}: there "
+                "are no more components to start from. Take 'random' or 'knn'."
+            )
         energy = sum(float(block.to(device).double().square().sum()) for block in blocks)
         if not math.isfinite(energy) or energy == 0:
             raise ValueError(f"SemiNMF: the activations' sum of squares is {energy}, expected a finite, positive one.")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def begins(text: str, starts: Sequence[str]) -> bool:
     """Whether an answer begins with one of the words."""
-    return text.lstrip().lower().startswith(tuple(word.lower() for word in starts))
+    return text.lstrip().lower().startswith(tuple(word.lstrip().lower() for word in starts))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

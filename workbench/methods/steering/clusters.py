@@ -3,7 +3,7 @@
 c_i = argmin_c |d_i - m_c|^2, m_c the mean of cluster c (k-means); p(c | h) = softmax(W h + b), trained on the c_i.
 Whether the probe knows anything is judged on prompts that it was not trained on: k-means always returns clusters.
 Sources: Sharma and Raman, 2025 (G-ACT, arXiv 2506.18887; no code is public: the details are ours); Lloyd, 1982; Arthur
-and Vassilvitskii, 2007 (k-means++); Rousseeuw, 1987 (silhouette); Hubert and Arabie, 1985 (adjusted Rand index).
+and Vassilvitskii, 2007 (k-means++); Rousseeuw, 1987 (silhouette).
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ def train_probes(
 
 def choose_k(points: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, int]:
     """(labels, k) of the number of clusters from 2 to 8 whose mean silhouette is largest; the smaller one of equals."""
-    found = {k: k_means(points, k, seed=seed) for k in CHOICES if k < len(points)}
+    most = min(len(points) - 1, len(np.unique(points, axis=0)))  # of fewer different points there are fewer clusters
+    found = {k: k_means(points, k, seed=seed) for k in CHOICES if k <= max(2, most)}
     best = max(found, key=lambda k: (silhouette(points, found[k]), -k))
     return found[best], best
 
@@ -213,20 +214,6 @@ def silhouette(points: np.ndarray, labels: np.ndarray) -> float:
         larger = np.maximum(within, nearest)
         total += np.where(alone | (larger == 0), 0.0, (nearest - within) / np.where(larger == 0, 1.0, larger)).sum()
     return float(total / len(points))
-
-
-def adjusted_rand(a: np.ndarray, b: np.ndarray) -> float:
-    """Agreement of two clusterings of the same points: 1 for the same, 0 expected by chance."""
-    a, b = (np.unique(np.asarray(each), return_inverse=True)[1] for each in (a, b))
-    counts = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(counts, (a, b), 1)
-
-    def pairs(values: np.ndarray) -> float:
-        return float((values * (values - 1) / 2).sum())
-
-    both, first, second = pairs(counts), pairs(counts.sum(axis=1)), pairs(counts.sum(axis=0))
-    chance, most = first * second / max(pairs(np.array([len(a)])), 1), (first + second) / 2
-    return 1.0 if most == chance else (both - chance) / (most - chance)
 
 
 def _far_apart(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:

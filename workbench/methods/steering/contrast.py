@@ -37,6 +37,10 @@ class Contrast:
 
     def __post_init__(self) -> None:
         for name in ("positive", "negative"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"Contrast: got one string as {name} texts, expected a list: [{getattr(self, name)[:30]!r}]."
+                )
             object.__setattr__(self, name, tuple(_as_text(text) for text in getattr(self, name)))
         if not self.positive or not self.negative:
             raise ValueError(

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
@@ -119,11 +119,16 @@ class Controller:
     @classmethod
     def load(cls, path: str | Path) -> Controller:
         """The controller that `save` wrote; ValueError where the file holds something else."""
-        with safe_open(str(path), framework="pt") as file:
-            facts = (file.metadata() or {}).get("controller")
-            if facts is None:
-                raise ValueError(f"Controller.load: {path} holds no controller, expected a file that save wrote.")
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                facts = (file.metadata() or {}).get("controller")
+                tensors = {name: file.get_tensor(name) for name in TENSORS} if facts else {}
+        except SafetensorError as error:
+            raise ValueError(
+                f"Controller.load: {path} can't be read ({error}), expected a file that save wrote."
+            ) from None
+        if facts is None:
+            raise ValueError(f"Controller.load: {path} holds no controller, expected a file that save wrote.")
         made = json.loads(facts)
         reads, edits = (tuple(map(Site.parse, made[name])) for name in ("reads", "edits"))
         return cls(reads, edits, **tensors, mode=made["mode"], model=made["model"])

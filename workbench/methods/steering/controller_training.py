@@ -102,11 +102,12 @@ def train(
     history, kept, best, since = [], state, float("inf"), 0
     for epoch in tqdm(range(settings.epochs), desc="controller", unit="epoch", delay=2, disable=not settings.progress):
         order = learning[torch.randperm(len(learning), generator=chance)]
-        parts = [_descend(optimiser, learned, losses(rows)) for rows in order.split(settings.batch)]
+        batches = {"training": order.split(settings.batch), "held out": held.split(settings.batch)}
+        found = {"training": [_descend(optimiser, learned, losses(rows)) for rows in batches["training"]]}
         with torch.no_grad():
-            checks = [torch.stack(losses(rows)) for rows in held.split(settings.batch)]
-        for split, found in (("training", parts), ("held out", checks)):
-            history.append((epoch, split, *torch.stack(found).mean(0).tolist()))
+            found["held out"] = [torch.stack(losses(rows)) for rows in batches["held out"]]
+        for split, parts in batches.items():
+            history.append((epoch, split, *_overall(found[split], parts, want, settings)))
         since += 1
         if history[-1][-1] < best - NOTABLE:
             best, since, kept = history[-1][-1], 0, {name: state[name].detach().clone() for name in TENSORS}
@@ -209,6 +210,14 @@ def _losses(
     missed = -score[want].mean() if want.any() else nothing
     moved = kl[~want].mean() if not want.all() else nothing
     return [gate, missed, moved, gate + missed + settings.kl_weight * moved]
+
+
+def _overall(losses: list[Tensor], parts: Sequence[Tensor], wanted: Tensor, settings: Training) -> list[float]:
+    """(gate, behaviour, kl, total) of all rows from those of batches: each term a mean over the rows that it is of."""
+    sizes = [(len(rows), int(wanted[rows].sum()), int((~wanted[rows]).sum())) for rows in parts]
+    count = torch.tensor(sizes, dtype=torch.float32)  # (batch, term): all rows, wanted ones, others
+    gate, behaviour, kl = ((torch.stack(losses)[:, :3] * count).sum(0) / count.sum(0)).tolist()
+    return [gate, behaviour, kl, gate + behaviour + settings.kl_weight * kl]
 
 
 def _split(wanted: Tensor, held_out: float, chance: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,8 @@ class Target:
         cls, subject: Subject, words: Sequence[str], measure: Literal["log_odds", "probability"] = "log_odds"
     ) -> Target:
         """The first token of each word, as it is at the start of a text and as it is after a space."""
+        if isinstance(words, str) or not all(word.strip() for word in words):
+            raise ValueError(f"Target: got words={words!r}, expected a list of words, none of them blank.")
         ids = []
         for word in words:
             for text in (word, f" {word}"):
