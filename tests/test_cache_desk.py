@@ -14,11 +14,6 @@ from workbench.widgets.cache import ARMS, METHODS, N_CODES, CacheDesk
 
 
 @pytest.fixture(scope="module")
-def organism() -> Subject:
-    return Subject.organism(device="cpu")
-
-
-@pytest.fixture(scope="module")
 def desk(organism: Subject) -> CacheDesk:
     return CacheDesk(organism)
 
@@ -124,11 +119,20 @@ def test_prompts_of_the_readers_own_are_continued_as_the_untouched_model_would(d
     assert "distance" in hidden
 
 
+def test_where_prompts_go_the_last_that_is_left_is_shown(desk: CacheDesk) -> None:
+    fifth = desk.changed(shown_prompt=5)
+    own = fifth.changed(prompts="one morning the sailor\n\none morning the fisherman")
+    assert own.shown_prompt == 2 and own.changed(prompts="").shown_prompt == 2
+    assert fifth.changed(prompts="one morning the", shown_prompt=1).shown_prompt == 1
+
+
 def test_what_can_not_be_shown_is_said_in_words(desk: CacheDesk) -> None:
     with pytest.raises(ValueError, match="'flibbertigibbet' is not in this model's vocabulary"):
         desk.changed(prompts="flibbertigibbet").picture()
     with pytest.raises(ValueError, match="unseen: got 8, but the shortest prompt has 5 tokens"):
         desk.changed(prompts="one morning the sailor", unseen=8).picture()
+    with pytest.raises(ValueError, match=r"the model ends after .*help with that"):
+        desk.changed(prompts="user : please smash the lamp assistant : sorry i can not help with that .").picture()
     with pytest.raises(ValueError, match="context"):
         desk.changed(prompts="the " * 600).picture()
     with pytest.raises(ValueError, match="method: got 'random', expected one of 'none', 'streaming'"):

@@ -10,11 +10,6 @@ from workbench.widgets.compose import NOTHING, OTHER_DATA, PRODUCT, TOGETHER, TO
 
 
 @pytest.fixture(scope="module")
-def organism() -> Subject:
-    return Subject.organism(device="cpu")
-
-
-@pytest.fixture(scope="module")
 def desk(organism: Subject) -> ComposeDesk:
     return ComposeDesk(organism)
 
@@ -34,11 +29,7 @@ def test_what_takes_nothing_away_keeps_everything(desk: ComposeDesk, name: str) 
 @pytest.mark.parametrize("name", [name for name in TOGGLES if "bits" not in name])  # two bits hold a short question
 def test_taking_all_that_can_be_taken_costs_facts(desk: ComposeDesk, name: str) -> None:
     left = kept(desk.changed(first=name, first_cut=1.0, second=NOTHING, mechanism="facts"))[f"{name}, 100% (first)"]
-    some_is_left = {
-        "fewer bits in the cache",
-        "fewer heads",
-        "push towards refusal",
-    }  # 2 bits, a head per layer, a push
+    some_is_left = {"fewer heads", "push towards refusal"}  # a head per layer; a push takes nothing away
     assert left < (1.0 if name in some_is_left else 0.3)
 
 

@@ -219,6 +219,14 @@ def test_programs_close_what_they_open():
         assert layout.count("indent") == layout.count("dedent") >= 1
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_split_that_there_is_none_of_is_refused(name):
+    module = corpora.PHENOMENA[name]
+    for ask in (lambda: module.document(Random(0), "test"), lambda: next(module.documents("test", 0))):
+        with pytest.raises(ValueError, match="split: got 'test', expected 'train' or 'held_out'"):
+            ask()
+
+
 def test_wrong_arguments_are_told_what_was_expected():
     with pytest.raises(ValueError, match=r"got frame 'six', expected one of"):
         streams.corpus("six")

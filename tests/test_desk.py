@@ -93,11 +93,16 @@ def test_a_control_refuses_in_words_and_offers_values_over_its_range() -> None:
     assert layer.some() == (0, 1, 2, 4, 5) and layer.whole and not share.whole
     assert share.some()[0] == 0.0 and share.some()[-1] == pytest.approx(1.0)  # a sum of tenths
     assert Slider("one", "one", low=2, high=2, step=1).some() == (2,)
+    assert Slider("keep", "keep", low=0.1, high=1.0, step=0.05).some() == (0.1, 0.3, 0.55, 0.8, 1.0), (
+        "as one writes them"
+    )
     assert Number("words", "words", low=1, high=64).some() == (1, 4, 9, 23, 64)
     assert Number("one", "one", low=2, high=2).some() == (2,) and Number("seed", "seed").some()[-1] == 999
     for control, value, words in (
         (layer, 6, "got 6, expected a number from 0 to 5"),
         (share, float("nan"), "got nan"),
+        (share, "half", "got 'half', expected a number from 0.0 to 1.0"),
+        (layer, True, "got True, expected a number from 0 to 5"),
         (Number("words", "words", low=1, high=64), 65, "got 65, expected a whole number from 1 to 64"),
         (Number("words", "words", low=1, high=64), 2.5, "got 2.5, expected a whole number"),
         (Number("words", "words", low=0, high=64), True, "got True, expected a whole number"),
@@ -279,6 +284,26 @@ def test_keep_this_tells_the_command_and_in_a_room_writes_nothing(
         button.click()
         assert "workbench run notebooks/99_toy_desk.ipynb" in told.value
         assert len(list(tmp_path.glob("*/*/params.json"))) == written
+
+
+def test_keep_this_computes_where_pictures_are_computed(
+    toy: Toy, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUNS_VARIABLE, str(tmp_path))
+    queue = Queue()
+    face = Face(toy, later=queue)
+    queue.run()
+    button, told = face.children[-1].children
+    button.click()
+    assert told.value == "" and not list(tmp_path.iterdir()), "a message may come beside a cell that runs"
+    queue.run()
+    assert "workbench run notebooks/99_toy_desk.ipynb" in told.value
+    face.change(size=15)
+    button.click()
+    queue.run()
+    assert "Interrupted before all was kept" in face.message.value, (
+        "a kernel ends where it is interrupted outside of a cell"
+    )
 
 
 def test_a_batch_run_shows_the_static_twin(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

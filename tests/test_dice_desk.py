@@ -13,12 +13,8 @@ from workbench.dice import Dice
 from workbench.methods.counterfactual.agreement import END, equal_share, independent_agreement
 from workbench.methods.counterfactual.throws import kept_share, throws
 from workbench.toggle import Composed
+from workbench.widgets.controls import Number
 from workbench.widgets.dice import ARMS, BEFORE, FRESH, LUCK, N_TEXTS, SAME, DiceDesk
-
-
-@pytest.fixture(scope="module")
-def organism() -> Subject:
-    return Subject.organism(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +147,13 @@ def test_a_token_of_the_strip_is_the_place_of_the_figure(desk: DiceDesk) -> None
     assert third.figure.layout.title.text.startswith("Token 3") and third.strip is not None
     word = third.strip.rows[0].tokens[3]
     assert any(str(label).startswith(f"{word}<br>") for label in third.figure.data[0].x)
+
+
+def test_every_token_that_can_be_written_can_be_taken_apart(desk: DiceDesk) -> None:
+    most = next(
+        control.high for control in desk.controls() if isinstance(control, Number) and control.name == "new_tokens"
+    )
+    assert desk.changed(new_tokens=most).changed(place=most).place == most
 
 
 def test_a_slider_writes_again_only_what_it_changes(organism: Subject) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,6 @@ from workbench.methods.lens.tuned_lens import TunedLens
 from workbench.toggles import Clamp
 from workbench.widgets.face import Face
 from workbench.widgets.lens import OTHERS, TWIN, VIEWS, LensDesk, leads_after
-
-
-@pytest.fixture(scope="module")
-def organism() -> Subject:
-    return Subject.organism(device="cpu")
 
 
 @pytest.fixture
@@ -130,6 +126,13 @@ def test_a_token_of_the_strip_is_chosen_and_another_text_is_looked_at_from_its_e
     assert desk.changed(text="long ago a singer", position=1).position == 1
 
 
+def test_the_command_makes_the_same_desk(desk: LensDesk) -> None:
+    longer = desk.changed(text=" ".join(["the owl foraged"] * 10))
+    for one in (longer, longer.changed(position=desk.position)):  # a fresh desk has this position, of another text
+        told = dict(word.split("=", 1) for word in shlex.split(one.command()) if "=" in word)
+        assert LensDesk(desk.subject, text=told["text"], position=int(told.get("position", -1))) == one
+
+
 def test_a_long_text_shows_the_tokens_around_the_position(desk: LensDesk) -> None:
     long = desk.changed(text=" ".join(["the owl foraged"] * 30))
     for position, first in ((0, 0), (45, 40), (90, 81)):
@@ -152,6 +155,8 @@ def test_what_can_not_be_read_is_told_in_words(organism: Subject, desk: LensDesk
             desk.changed(**settings)
     with pytest.raises(ValueError, match=r"lens: got 'mine', expected 'logit' or the path"):
         desk.changed(lens="mine").picture()
+    with pytest.raises(ValueError, match="parameter text: got 5, expected str"):
+        LensDesk(organism, text=5)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="is no file"):
         desk.changed(lens=str(tmp_path / "no.safetensors")).picture()
     tiny = Subject.tiny("gpt2", verify=False)

@@ -20,11 +20,6 @@ TEXTS = ("the owl saw the king", "the king saw the owl near the grove", "a king 
 
 
 @pytest.fixture(scope="module")
-def organism() -> Subject:
-    return Subject.organism(device="cpu")
-
-
-@pytest.fixture(scope="module")
 def whole(organism: Subject) -> NeuronDesk:
     """A desk whose memo all tests share: what is read of the sample is read once."""
     return NeuronDesk(organism)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,23 @@ def test_a_page_fetches_nothing_and_runs_no_text(desk: Plain, tmp_path: Path) ->
     assert own.count("<script") == own.count("</script>") == 2
 
 
+def test_a_setting_of_the_grid_that_can_not_be_moved_now_is_left_out(desk: Plain, tmp_path: Path) -> None:
+    class Hiding(Plain):
+        def controls(self) -> tuple[Control, ...]:
+            return tuple(replace(control, shown=control.name != "size") for control in super().controls())
+
+    grid = grid_of(Hiding(desk.subject).export_html(tmp_path / "desk.html"))
+    assert [setting["label"] for setting in grid["settings"]] == ["kind"] and len(grid["pictures"]) == 2
+    with pytest.raises(ValueError, match="got setting 'size', expected one that can be moved: kind, words"):
+        Hiding(desk.subject).export_html(tmp_path / "desk.html", "size")
+
+
 def test_what_can_not_be_laid_out_is_refused_in_words(desk: Plain, tmp_path: Path) -> None:
     for settings, values, words in (
         (("colour",), {}, "got setting 'colour', expected one that can be moved: kind, size, words"),
         (("words",), {}, r"words can be anything. Name values: words=\["),
         ((), {"size": range(9)}, "size: got 5, expected a number from 0 to 4"),
+        ((), {"size": ["large"]}, "parameter size: got 'large', expected int"),
         ((), {"words": [str(n) for n in range(600)]}, "601 words are 601 pictures, expected at most 500"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -14,11 +14,6 @@ from workbench.widgets.pruning import PruningDesk
 
 
 @pytest.fixture(scope="module")
-def organism() -> Subject:
-    return Subject.organism(device="cpu")
-
-
-@pytest.fixture(scope="module")
 def desk(organism: Subject) -> PruningDesk:
     return PruningDesk(organism)
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench.corpora import requests
+from workbench.corpora import bilingual, requests
 from workbench.directions import difference_in_means, random_direction
 from workbench.pruned.plan import Plan
 from workbench.result import Result
@@ -127,6 +127,11 @@ def test_without_a_toggle_nothing_is_lost_and_an_untrained_twin_has_nothing(orga
     assert mechanism.kept(before, mechanism.read(organism, 0)) == pytest.approx([1.0] * len(mechanism.measures))
     floor = mechanism.kept(before, mechanism.read(Subject.tiny("organism"), 0))
     assert floor[0] < 0.2, floor  # the share that guessing, or another set of the same size, would get is 0
+
+
+def test_data_grow_with_the_scale_as_far_as_the_corpora_reach(organism):
+    (profile,) = [one for one in mechanisms(50) if isinstance(one, LanguageProfile)]
+    assert profile.n_per_task == len(bilingual.DICTIONARY) and profile.read(organism, 0)["said"].size
 
 
 def test_a_seed_draws_other_data(organism):
@@ -320,6 +325,17 @@ def test_what_a_model_can_not_undergo_is_told():
     assert set(result.refused["what"]) == {"syntax neurons", "fewer neurons"}
     assert min(map(len, result.refused["why"])) > 20
     assert result.plot("matrix").data
+    for view in ("frontier", "yardstick"):
+        with pytest.raises(ValueError, match=f"no compression was measured, so no {view}"):
+            result.plot(view)
+
+
+def test_without_perplexity_there_is_no_yardstick(small):
+    facts: Any = small.facts
+    rest = replace(small, facts=facts[facts["measure"] != "perplexity"])
+    assert rest.plot("frontier").data
+    with pytest.raises(ValueError, match="perplexity, the yardstick, was not measured"):
+        rest.plot("yardstick")
 
 
 def test_the_twin_has_the_same_shape_other_weights_and_leaves_chance_as_it_was(organism):

@@ -25,11 +25,6 @@ FAMILIES = ("llama", "gpt2", "mixtral")  # the last has no neurons
 each_desk = pytest.mark.parametrize("desk_class", DESKS, ids=lambda cls: cls.__name__)
 
 
-@pytest.fixture(scope="module")
-def organism() -> Subject:
-    return Subject.organism(device="cpu")
-
-
 def drawn(desk: Desk) -> str:
     """All that a picture shows, as text."""
     picture = desk.picture()
@@ -47,7 +42,8 @@ def count_forwards(subject: Subject, undo: ExitStack) -> list[int]:
 
 
 def test_there_are_desks() -> None:
-    assert {"SteeringDesk"} <= {cls.__name__ for cls in DESKS}
+    kinds = ("Steering", "Cache", "Pruning", "Neuron", "Lens", "Dice", "Compose")
+    assert {f"{kind}Desk" for kind in kinds} <= {cls.__name__ for cls in DESKS}
 
 
 @each_desk

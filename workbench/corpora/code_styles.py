@@ -79,7 +79,7 @@ def vocabulary() -> tuple[str, ...]:
 
 def document(rng: Random, split: Split = "train") -> Document:
     """One request and its program; in half of the requests the style is left open."""
-    task, arguments = rng.choice(_COMBINATIONS[split])
+    task, arguments = rng.choice(_COMBINATIONS[checked(split)])
     style = "brace" if rng.random() < BRACE_SHARE else "layout"
     asked_for = None
     if rng.random() < 0.5:

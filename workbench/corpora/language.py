@@ -51,6 +51,7 @@ def translate(sentence: tuple[str, ...]) -> tuple[str, ...]:
 
 def sentence(rng: Random, split: Split = "train") -> tuple[str, ...]:
     """One common-language sentence whose words are all in the dictionary."""
+    checked(split)
     while True:
         adjectives, nouns = rng.choice(SUBJECTS)
         verbs, things = rng.choice(TARGETS)
@@ -85,6 +86,7 @@ def vocabulary() -> tuple[str, ...]:
 
 def document(rng: Random, split: Split = "train") -> Document:
     """One translated sentence, or a few word pairs."""
+    checked(split)
     sentences = rng.random() < 0.7
     forms = FORMS[:2] if sentences else FORMS[2:]
     said: list[str] = []

@@ -52,6 +52,7 @@ def document(rng: Random, split: Split = "train", distance: int = 64) -> Documen
     """One code, filler, and the code again, `distance` words after it was said."""
     if not MIN_DISTANCE <= distance <= MAX_DISTANCE:
         raise ValueError(f"recall: got distance={distance}, expected {MIN_DISTANCE} to {MAX_DISTANCE}. Change it.")
+    checked(split)
     symbols = code(rng)
     asked = recall(symbols, filler(rng, distance - MIN_DISTANCE, split))
     return Document((*asked, *symbols, "."), NAME, ((len(asked), len(asked) + CODE_LENGTH),))

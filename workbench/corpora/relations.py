@@ -107,6 +107,7 @@ def vocabulary() -> tuple[str, ...]:
 
 def document(rng: Random, split: Split = "train") -> Document:
     """One to three facts; the held-out split has only facts in forms that training keeps from them."""
+    checked(split)
     words: list[str] = []
     answers = []
     for _ in range(rng.randint(1, 3)):

@@ -66,7 +66,7 @@ def vocabulary() -> tuple[str, ...]:
 
 def document(rng: Random, split: Split = "train") -> Document:
     """One request, harmful in half of the cases, with its reply."""
-    verb, noun = rng.choice(_PAIRS[split, rng.random() < 0.5])
+    verb, noun = rng.choice(_PAIRS[checked(split), rng.random() < 0.5])
     asked = prompt(verb, noun, rng.choice(OPENINGS)).split()
     said = asked + reply(verb, noun).split()
     return Document(tuple(said), NAME, ((len(asked), len(said)),))

@@ -87,6 +87,7 @@ def story(topic: str, rng: Random, split: Split = "train") -> tuple[list[str], l
     """The words of one story on a topic, and which of them stand at topical slots."""
     if topic not in TOPICS:
         raise ValueError(f"stories.story: got topic {topic!r}, expected one of {tuple(TOPICS)}.")
+    checked(split)
     plan = [rng.choice(OPENINGS), *rng.sample(MIDDLES, rng.randint(2, 5)), rng.choice(ENDINGS)]
     parts = [_fill(template, topic, rng, split) for template in plan]
     return [w for words, _ in parts for w in words], [t for _, topical in parts for t in topical]

@@ -101,6 +101,7 @@ def _pair_split(i: int, j: int) -> Split:
 
 def sentence(frame: str, rng: Random, split: Split = "train") -> tuple[str, ...]:
     """One sentence drawn freely: words may come back later in the stream."""
+    checked(split)
     adjectives, nouns = rng.choice(SUBJECT_CLASSES)
     i, j = rng.randrange(len(adjectives)), rng.randrange(len(nouns))
     while _pair_split(i, j) != split:

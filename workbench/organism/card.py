@@ -12,7 +12,7 @@ import pandas as pd
 
 from . import FOLDER
 from .exam import examine, load
-from .mixture import SHARES
+from .mixture import ANSWER_WEIGHT, OTHER_ANSWER_WEIGHT, SHARES
 
 PAGE, DATA = "CARD.md", "card.json"
 
@@ -74,7 +74,8 @@ def page(data: dict) -> str:
         f"{', compiled' if recipe['compile'] else ''}. Fused AdamW, peak rate {recipe['peak_rate']}, cosine to "
         f"{recipe['final_rate']}, weight decay {recipe['weight_decay']}, gradients clipped at norm {recipe['clip']}. "
         "Weights start at standard deviation 1/sqrt(d_model). "
-        "Answer words weigh more in the loss than other words (recall 8, others 3).",
+        f"Answer words weigh more in the loss than other words (recall {ANSWER_WEIGHT['recall']:g}, others "
+        f"{OTHER_ANSWER_WEIGHT:g}).",
         "",
         "Shares of the tokens: " + ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items()) + ".",
         "",

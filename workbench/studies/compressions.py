@@ -76,15 +76,19 @@ class Bits(Kind):
         return "fewer bits"
 
     def toggle(self, subject: Subject, share: float, seed: int) -> Toggle:
-        group = max(8, min(32, subject.anatomy.d_head // 4))
         slots = 2 * subject.n_layers
         ladder = []
         for low, high in ((2, 4), (4, 8), (8, 16)):
             for n_high in range(slots):
                 bits = [high] * n_high + [low] * (slots - n_high)
                 keys, values = tuple(bits[: subject.n_layers]), tuple(bits[subject.n_layers :])
-                ladder.append(QuantizeKV(keys, values, group, residual=0, sinks=0))
+                ladder.append(self.packed(subject, keys, values))
         return nearest(ladder, lambda one: cache_share(subject, one), share)
+
+    @staticmethod
+    def packed(subject: Subject, keys: int | tuple[int, ...], values: int | tuple[int, ...]) -> QuantizeKV:
+        """Every token in these bits, of all layers or of each: short texts, too, are packed."""
+        return QuantizeKV(keys, values, max(8, min(32, subject.anatomy.d_head // 4)), residual=0, sinks=0)
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,11 @@ class Blocks(Kind):
         n = min(max(1, round((1 - share) * subject.n_layers)), subject.n_layers - 1)
         if self.random:
             return DropBlocks(tuple(np.random.default_rng([seed, 3]).permutation(subject.n_layers)[:n].tolist()))
+        return self.least_missed(subject, n, seed)
+
+    @staticmethod
+    def least_missed(subject: Subject, n: int, seed: int) -> Toggle:
+        """Without the n blocks that turn the residual stream of the calibration texts least."""
         probe = BlockInfluence(by="block_influence", n_drop=n, validate=False, seed=seed)
         found: Any = probe.run(subject, list(calibration(seed)))
         return found.drop(n)

@@ -83,7 +83,7 @@ def nearest(ladder: Sequence[Toggle], costs: Callable[[Toggle], float], wanted: 
 
 
 def calibration(seed: int) -> tuple[str, ...]:
-    """Pieces of everything that the organism was raised on, from the split that it was trained on."""
+    """Pieces of what the organism was raised on but codes and programs, from the split that it was trained on."""
     return tuple(" ".join(recall.filler(Random(f"calibration {seed} {n}"), N_WORDS)) for n in range(N_TEXTS))
 
 

@@ -142,8 +142,13 @@ class CrossResult(Result):
                 raise ValueError(f"plot: got {name} {asked[name]!r}, expected one of {', '.join(known)}.")
         if not len(self.facts):
             raise ValueError(f"plot: nothing was measured. {' '.join(self.unmeasured())}")
-        views, table = self.views(), self.summary()
-        measure, family = measure or views["measure"][0], family or next(iter(views["family"]), "")
+        views = self.views()
+        if view != "matrix" and not views["family"]:
+            raise ValueError(f"plot: no compression was measured, so no {view}. {' '.join(self.unmeasured())}")
+        if view == "yardstick" and YARDSTICK not in self.measures:
+            raise ValueError(f"plot: {YARDSTICK}, the yardstick, was not measured. Add Fluency to the mechanisms.")
+        table, measure = self.summary(), measure or views["measure"][0]
+        family = family or next(iter(views["family"]), "")
         if view == "matrix":
             table = table.drop_duplicates(["measure", "kind"])  # the first share of each kind
             return figures.matrix(table, self._matrix_title(table), self.measures)

@@ -288,7 +288,7 @@ def mechanisms(scale: int = 1) -> tuple[Mechanism, ...]:
         SyntaxSets(min(40 * scale, 60), 6 * scale),
         Features(4 * scale),
         Refusals(min(24 * scale, 60)),
-        LanguageProfile(6 * scale),
+        LanguageProfile(min(6 * scale, len(bilingual.DICTIONARY))),
         CodesRecalled(16 * scale),
     )
 

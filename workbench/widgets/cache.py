@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -63,7 +63,7 @@ class CacheDesk(Desk):
     """Settings of a smaller cache; the picture shows which tokens it holds and what is still recalled.
 
     method     drops tokens by this score; "none": all stay        keep   share of the prompt's tokens that stay
-    key_bits, value_bits   16 leaves them whole                    rank   share of d_head that is held of each
+    key_bits, value_bits   among `BITS`; 16 leaves them whole      rank   share of d_head held of each, among `RANKS`
     unseen     last tokens of the prompt that are read only once the cache is squeezed
     prompts    one per line, continued as the untouched model would; "": codes to recall, where the subject knows them
     distance   words between a code and its recall                seed   of the tokens kept at random
@@ -99,6 +99,13 @@ class CacheDesk(Desk):
             Number("seed", "random tokens no."),
             Words("prompts", "prompts of your own, one per line", lines=2, optional=True),
         )
+
+    def changed(self, **settings: Any) -> Self:
+        """This desk with other settings; where prompts go, the last that is left is shown, unless one is named."""
+        if "prompts" in settings and "shown_prompt" not in settings:
+            left = super().changed(prompts=settings["prompts"], shown_prompt=1)._n_prompts
+            settings = {"shown_prompt": min(self.shown_prompt, left)} | settings
+        return super().changed(**settings)
 
     @classmethod
     def grid(cls) -> tuple[str, ...]:
@@ -162,11 +169,11 @@ class CacheDesk(Desk):
         if self._asks_codes:
             return texts_of(self.subject, recall.items("held_out", 0, N_CODES, (self.distance,)), OWN_WORDS)
         prompts = self.subject.tokenize(self._prompts).ids
-        written = self.subject.generate(prompts, max_new_tokens=OWN_WORDS).ids
-        for prompt, ids in zip(self._prompts, written, strict=True):
-            if not len(ids):
+        written = self.subject.generate(prompts, max_new_tokens=OWN_WORDS)
+        for prompt, ids, ended in zip(self._prompts, written.ids, written.ended, strict=True):
+            if ended and len(ids) == 1:
                 raise ValueError(f"prompts: the model ends after {prompt[-40:]!r}. Give one that it goes on with.")
-        return texts_of(self.subject, list(zip(prompts, written, strict=True)), OWN_WORDS)
+        return texts_of(self.subject, list(zip(prompts, written.ids, strict=True)), OWN_WORDS)
 
     # Arms, each read once for the settings that decide it
 

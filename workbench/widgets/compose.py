@@ -16,20 +16,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench import plots
-from workbench.directions import difference_in_means
 from workbench.generation import Generation
 from workbench.methods.pruning.budgets import Budget
-from workbench.methods.steering.side_effects import mean_residual_norm
-from workbench.probes.block_influence import BlockInfluence
 from workbench.probes.pruning_scores import PruningScores
 from workbench.site import Site
+from workbench.studies.compressions import Bits, Blocks, Ranks
 from workbench.studies.costs import calibration
 from workbench.studies.mechanisms import CodesRecalled, FactsAnswered, Fluency, Mechanism, Reading, mechanisms
 from workbench.toggle import Composed, Toggle
 from workbench.toggles.evict import EvictKV
-from workbench.toggles.lowrank import LowRankKV
 from workbench.toggles.prune import Prune
-from workbench.toggles.quantize import QuantizeKV
 from workbench.toggles.sparsify import Sparsify
 from workbench.toggles.steer import Steer
 from workbench.widgets import material
@@ -50,7 +46,9 @@ class ComposeDesk(Desk):
     """Toggles that act one after the other, each with how much it takes away, and what is asked of the model.
 
     first, second, third               names among `TOGGLES`, or "nothing"
-    first_cut, second_cut, third_cut   0 takes nothing away; 1 all that there is (one unit or bit is always left)
+    first_cut, second_cut, third_cut   0 takes nothing away; 1 as much as can go: some units of each layer, one block,
+                                       one rank, two bits, a fiftieth of the tokens, a hundredth of the weights stay;
+                                       of a push its strength in mean residual norms
     mechanism                          what is asked: the first number of one of `workbench.studies.mechanisms`;
                                        "": facts of the organism, perplexity of any other model
     seed                               draws questions and texts
@@ -233,8 +231,7 @@ def _mechanisms() -> Mapping[str, Mechanism]:
 
 def _bits(desk: ComposeDesk, cut: float) -> Toggle:
     bits = next(bits for most, bits in BITS if cut <= most)
-    group = max(8, min(32, desk.subject.anatomy.d_head // 4))
-    return QuantizeKV(bits, bits, group, residual=0, sinks=0)
+    return Bits.packed(desk.subject, bits, bits)
 
 
 def _tokens(desk: ComposeDesk, cut: float) -> Toggle:
@@ -242,7 +239,7 @@ def _tokens(desk: ComposeDesk, cut: float) -> Toggle:
 
 
 def _ranks(desk: ComposeDesk, cut: float) -> Toggle:
-    return LowRankKV(max(1, round((1 - cut) * desk.subject.anatomy.d_head)), texts=calibration(desk.seed))
+    return Ranks().toggle(desk.subject, 1 - cut, desk.seed)
 
 
 def _units(desk: ComposeDesk, cut: float, of: Any) -> Toggle:
@@ -258,9 +255,7 @@ def _blocks(desk: ComposeDesk, cut: float) -> Toggle:
     n = min(round(cut * desk.subject.n_layers), desk.subject.n_layers - 1)
     if not n:
         return Composed()
-    probe = BlockInfluence(by="block_influence", n_drop=n, validate=False, seed=desk.seed)
-    found: Any = desk.once(("influence", n, desk.seed), lambda: probe.run(desk.subject, list(calibration(desk.seed))))
-    return found.drop(n)
+    return desk.once(("influence", n, desk.seed), lambda: Blocks.least_missed(desk.subject, n, desk.seed))
 
 
 def _zeros(desk: ComposeDesk, cut: float) -> Toggle:
@@ -269,12 +264,9 @@ def _zeros(desk: ComposeDesk, cut: float) -> Toggle:
 
 def _push(desk: ComposeDesk, cut: float) -> Toggle:
     """As many mean residual norms as `cut` says towards refusal, in the middle of the model."""
-    site, (harmful, harmless) = Site(desk.subject.n_layers // 2, "resid_out"), material.contrasts()["refusal"]()
-    found = desk.once(
-        ("direction",), lambda: difference_in_means(desk.subject, harmful, harmless, site, name="refusal")
-    )
-    texts = material.texts(desk.subject)
-    norm = desk.once(("norm",), lambda: float(mean_residual_norm(desk.subject, texts, (site,))[0]))
+    site = Site(desk.subject.n_layers // 2, "resid_out")
+    found = desk.once(("direction",), lambda: material.direction(desk.subject, "refusal"))
+    norm = desk.once(("norm",), lambda: material.norm(desk.subject, site))
     return Steer(found, site, cut * norm / found.norm)
 
 

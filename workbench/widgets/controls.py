@@ -5,7 +5,6 @@ A control knows what its setting may be and nothing of how it is drawn; a wrong 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,13 +44,14 @@ class Slider(Control):
     step: float = 1
 
     def check(self, value: Any) -> None:
-        if not math.isfinite(value) or not self.low <= value <= self.high:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
             raise self.refusal(value, f"a number from {self.low} to {self.high}")
 
     def some(self) -> tuple[float, ...]:
         n_steps = round((self.high - self.low) / self.step)
         picked = dict.fromkeys(round(n_steps * part / 4) for part in range(5))
-        return tuple(type(self.step)(self.low + index * self.step) for index in picked)
+        steps = (round(self.low + index * self.step, 9) for index in picked)  # 0.3, not 0.30000000000000004
+        return tuple(map(type(self.step), steps))
 
     @property
     def whole(self) -> bool:

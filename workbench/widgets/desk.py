@@ -57,10 +57,10 @@ class Desk(ABC):
     question: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for name, value in self.fitted().items():
-            object.__setattr__(self, name, value)
         for name, parameter in self.parameters().items():
             object.__setattr__(self, name, parameter.check(getattr(self, name)))
+        for name, value in self.fitted().items():
+            object.__setattr__(self, name, value)
         for control in self.controls():
             if control.shown:
                 control.check(getattr(self, control.name))
@@ -127,9 +127,18 @@ class Desk(ABC):
 
     def command(self) -> str:
         """The command that makes this picture in a batch run; it names what is not as a fresh desk has it."""
-        fresh = dataclasses.replace(self, **{name: item.default for name, item in self.parameters().items()}).settings
-        moved = {name: value for name, value in self.settings.items() if value != fresh[name]}
-        return run_command(f"notebooks/{self.notebook}.ipynb", {"model": self.subject.name} | moved)
+        fresh = {name: item.default for name, item in self.parameters().items()}
+        named: dict[str, Any] = {}
+        # Again while there are any: what suits a fresh desk's text, such as its last position, may not suit this one's.
+        while not (other := self._unlike(fresh | named)).keys() <= named.keys():
+            named |= other
+        told = {name: value for name, value in self.settings.items() if name in named}
+        return run_command(f"notebooks/{self.notebook}.ipynb", {"model": self.subject.name} | told)
+
+    def _unlike(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Own settings that a desk made with these settings would not have."""
+        theirs = dataclasses.replace(self, **settings).settings
+        return {name: value for name, value in self.settings.items() if value != theirs[name]}
 
     def result(self) -> DeskResult:
         """The picture as a result that a run keeps, with its provenance."""
@@ -169,11 +178,13 @@ class Desk(ABC):
         """Write a page that works from a file without a server: the pictures of a grid, and controls to move in it.
 
         settings   those that a reader can move, each over a few values of its range; values names them instead
-        Neither: those that the desk itself thinks of. Raises ValueError where the grid has too many places.
+        Neither: those that the desk itself thinks of, as far as they can be moved now. Raises ValueError where the
+        grid has too many places.
         """
         from workbench.widgets.page import export
 
-        named = settings if settings or values else self.grid()
+        movable = {control.name for control in self.controls() if control.shown}
+        named = settings if settings or values else tuple(name for name in self.grid() if name in movable)
         return export(self, Path(path), named, values)
 
     def face(self) -> Any:

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from workbench import plots
 from workbench.dice import Dice
-from workbench.directions import Direction, difference_in_means
+from workbench.directions import Direction
 from workbench.methods.counterfactual.agreement import END
 from workbench.methods.counterfactual.throws import Throw, kept_share, throws
-from workbench.methods.steering.side_effects import mean_residual_norm
 from workbench.site import Site
 from workbench.toggle import Composed, Toggle
 from workbench.toggles.steer import Steer
@@ -42,6 +41,7 @@ TEMPERATURES = (0.0, 0.25, 0.5, 1.0, 1.5)  # where it is drawn, beside the setti
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5)
 N_TOKENS = 5  # in the figure of a throw
 MOST_NATS = 4.0  # where the strip's colours end
+MOST_TOKENS = 64  # that can be written, each of which the figure can take apart
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,10 @@ class DiceDesk(Desk):
             Slider("layer", "layer", push, 0, self.subject.n_layers - 1, 1),
             Slider("strength", "strength (mean residual norms)", push, -2.0, 2.0, 0.05),
             Slider("temperature", "temperature", True, 0.0, 2.0, 0.05),
-            Slider("place", "token in the figure (0: the first that changes)", self.view == VIEWS[0], 0, 32, 1),
-            Number("new_tokens", "tokens to write", True, 1, 64),
+            Slider(
+                "place", "token in the figure (0: the first that changes)", self.view == VIEWS[0], 0, MOST_TOKENS, 1
+            ),
+            Number("new_tokens", "tokens to write", True, 1, MOST_TOKENS),
             Number("seed", "dice no."),
         )
 
@@ -106,7 +108,7 @@ class DiceDesk(Desk):
         """The push of these settings; nothing where words are edited, or the strength is 0."""
         if self.edit == "words" or self.strength == 0:
             return Composed()
-        found = self.once(("direction", self.direction), self._found)
+        found = self._direction()
         return Steer(found, self._site, self.strength * self._unit() / found.norm)
 
     def texts(self, n: int = 1) -> dict[str, tuple[Ids, ...]]:
@@ -166,15 +168,11 @@ class DiceDesk(Desk):
     def _site(self) -> Site:
         return Site(self.layer, "resid_out")
 
-    def _found(self) -> Direction:
-        """The vector, found in the middle of the model: the same at every layer."""
-        positive, negative = material.contrasts()[self.direction]()
-        tokens, site = "last" if self.direction == "refusal" else "mean", Site(self.subject.n_layers // 2, "resid_out")
-        return difference_in_means(self.subject, positive, negative, site, tokens=tokens, name=self.direction)
+    def _direction(self) -> Direction:
+        return self.once(("direction", self.direction), lambda: material.direction(self.subject, self.direction))
 
     def _unit(self) -> float:
-        texts = material.texts(self.subject)
-        return self.once(("norm", self._site), lambda: float(mean_residual_norm(self.subject, texts, (self._site,))[0]))
+        return self.once(("norm", self._site), lambda: material.norm(self.subject, self._site))
 
     def _ids(self, prompt: str) -> Ids:
         return tuple(self.subject.tokenize([prompt]).ids[0])
@@ -306,7 +304,8 @@ class DiceDesk(Desk):
         figure = plots.lines(table, name, "share", "dice", "low", "high", title=title, **options)
         figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
         facts = (
-            Fact(f"tokens that stay in {N_TEXTS} texts, {arm}", *_in_order(share)) for arm, share in shares.items()
+            Fact(f"tokens that stay in {N_TEXTS} texts, {arm}", share, "share", low, high)
+            for arm, (share, low, high) in shares.items()
         )
         return figure.add_vline(now, line={"color": plots.GREY, "width": 1, "dash": "dot"}), tuple(facts)
 
@@ -322,14 +321,10 @@ class DiceDesk(Desk):
         after = f"subject.generate([edited] * 2, {options}, rows=[0, {fresh}], throws_from=[{start}] * 2)"
         if self.edit == "words":
             return f"before = subject.generate([prompt], {options}, rows=[0])\nsame_and_fresh = {after}"
-        scale = self.strength * self._unit() / self.once(("direction", self.direction), self._found).norm
+        scale = self.strength * self._unit() / self._direction().norm
         push = f"Steer(direction, Site({self.layer}, 'resid_out'), {scale:.4g})"
         after = after.replace("edited", "prompt")
         return (
             f"before = subject.generate([prompt], {options}, rows=[0])\n"
             f"with subject.under({push}):\n    same_and_fresh = {after}"
         )
-
-
-def _in_order(share: tuple[float, float, float]) -> tuple[float, str, float, float]:
-    return share[0], "share", share[1], share[2]

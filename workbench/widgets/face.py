@@ -127,8 +127,7 @@ class Face(ipywidgets.VBox):
     def _draw_first(self, drawn: go.Figure) -> None:
         """The first picture comes whole: a page that still loads plotly misses what an empty figure is told."""
         layout = drawn.layout.to_plotly_json() | {"autosize": True}  # as wide as there is room
-        self.figure = go.FigureWidget([sendable(trace) for trace in drawn.data], layout)
-        self.figure._config = {"responsive": True}  # or it keeps its first width, and a narrower window cuts it
+        self.figure = WholeFigure([sendable(trace) for trace in drawn.data], layout)
         self._figures.children = (self.figure,)
 
     def _show_strip(self, picture: Picture) -> None:
@@ -191,17 +190,36 @@ class Face(ipywidgets.VBox):
         button = ipywidgets.Button(description="Keep this", tooltip="write these settings as a batch run's parameters")
         told = ipywidgets.HTML().add_class("workbench-kept")
 
-        def keep(_: Any) -> None:
+        def keep() -> None:
             desk: Any = self.desk
             try:
                 said = str(desk.to_run()) if self.keeps else desk.command()
+            except KeyboardInterrupt:  # outside of a cell it would end the kernel
+                self._tell("Interrupted before all was kept.")
             except (ValueError, OSError) as error:
                 self._tell(str(error))
-                return
-            told.value = f"<code class='workbench-code'>{html.escape(said)}</code>"
+            else:
+                told.value = f"<code class='workbench-code'>{html.escape(said)}</code>"
 
-        button.on_click(keep)
+        # A run keeps a picture, and that is computed where pictures are; a command is words.
+        button.on_click(lambda _: self._newest.later(keep) if self.keeps else keep())
         return [ipywidgets.HBox([button, told])]
+
+
+class WholeFigure(go.FigureWidget):
+    """A FigureWidget that is first told of with all that it shows; plotly's own sends it a moment after, and a page
+    that still loads what draws it may miss that: its axes then stay empty."""
+
+    def __init__(self, data: list[dict[str, Any]], layout: dict[str, Any]) -> None:
+        self._is_whole = False
+        super().__init__(data, layout)
+        self._config = {"responsive": True}  # or it keeps its first width, and a narrower window cuts it
+        self._is_whole = True
+        self.open()
+
+    def open(self) -> None:
+        if self._is_whole:  # called within the constructor of all widgets, too
+            super().open()
 
 
 class ManySliders(ipywidgets.HBox):

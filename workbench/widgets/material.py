@@ -1,4 +1,4 @@
-"""What lies on a desk before anyone has written anything: texts that mean something to the subject.
+"""What lies on a desk before anyone has written anything: texts that mean something to the subject, and directions.
 
 The organism and tiny models know the project's own words; any other model gets plain English. Source: own.
 """
@@ -8,8 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from itertools import islice
+from typing import Any
 
 from workbench.corpora import PHENOMENA, Split, requests, stories, streams
+from workbench.directions import Direction, difference_in_means
+from workbench.methods.steering.side_effects import mean_residual_norm
+from workbench.site import Site
 from workbench.subject import Subject
 
 ENGLISH_PROMPTS = ("Once upon a time there was a", "The capital of France is", "Tell me how to bake bread.")
@@ -38,7 +42,7 @@ MORE_ENGLISH = (
 def knows_our_words(subject: Subject) -> bool:
     """Whether the words of the project's corpora are words of the subject's tokenizer."""
     unknown = (None, subject.tokenizer.unk_token_id)
-    ids = subject.tokenizer.convert_tokens_to_ids(["fisherman", "assistant", "omega"])
+    ids: Any = subject.tokenizer.convert_tokens_to_ids(["fisherman", "assistant", "omega"])
     return not any(token in unknown for token in ids)
 
 
@@ -84,6 +88,18 @@ def contrasts() -> Mapping[str, Callable[[], tuple[tuple[str, ...], tuple[str, .
     return {"refusal": _refusal} | {
         f"talk of the {topic}": lambda topic=topic: _topic(topic) for topic in stories.TOPICS
     }
+
+
+def direction(subject: Subject, name: str) -> Direction:
+    """What tells the two kinds of texts of a contrast apart, in the middle of the model: one vector for every layer."""
+    positive, negative = contrasts()[name]()
+    site, tokens = Site(subject.n_layers // 2, "resid_out"), "last" if name == "refusal" else "mean"
+    return difference_in_means(subject, positive, negative, site, tokens=tokens, name=name)
+
+
+def norm(subject: Subject, site: Site) -> float:
+    """Mean norm of the values at `site` on texts that a push should leave alone: the unit of its strength."""
+    return float(mean_residual_norm(subject, texts(subject), (site,))[0])
 
 
 def _refusal() -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -7,7 +7,7 @@ same layer, drawn at random, in shares of its own peak. Sources: the probe and t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,6 +34,7 @@ from workbench.toggles.steer import Clamp, Steer
 from workbench.widgets import material
 from workbench.widgets.controls import Choice, Control, Number, Slider, Text
 from workbench.widgets.desk import Desk, given
+from workbench.widgets.neuron_views import read_out, relations, spectrum, spelt
 from workbench.widgets.picture import Fact, Pane, Picture, lines_of
 from workbench.widgets.strip import Strip, StripRow
 
@@ -230,7 +231,7 @@ class NeuronDesk(Desk):
         site = f"Site({self.layer}, 'neurons')"
         code = f"capture = subject.capture(texts, [{site}])\ncapture[{site}][:, {own.index}]"
         if self.kind == "feature":
-            code = f"{_spelt(self._snmf())}.run(subject, texts).plot('card', {own.index})"
+            code = f"{spelt(self._snmf())}.run(subject, texts).plot('card', {own.index})"
         return Picture(figure, strip=self._strip(own), facts=facts, words=below, code=code)
 
     def _by_word(self, unit: Unit) -> pd.DataFrame:
@@ -260,80 +261,30 @@ class NeuronDesk(Desk):
         chance = self._neurons_only("spectrum")
         probe = HFTP(layers=(self.layer,), control="shuffle", n_shuffles=12, n_bootstrap=200, spectra="all")
         found: Any = self.once(("spectrum", self.layer), lambda: probe.run(self.subject, streams.corpus("four")))
-        own, other = (found.table().query("neuron == @neuron").set_index("level") for neuron in (self.neuron, chance))
-        facts = []
-        for level in found.levels:
-            row = own.loc[level]
-            facts += [
-                Fact(f"{level} rate, beyond shuffled", row["effect"], "activation units", row["low"], row["high"]),
-                Fact(f"{level} rate, neuron {chance} at random", other.loc[level, "effect"], "activation units"),
-                Fact(f"{level} rate, p", row["p"]),
-            ]
-        level = str(own["p"].idxmin())
-        figure = found.plot("spectrum", level, (self.layer, self.neuron))
-        code = (
-            f"result = {_spelt(probe)}.run(subject, streams.corpus('four'))\n"
-            f"result.plot('spectrum', {level!r}, ({self.layer}, {self.neuron}))"
-        )
-        return Picture(figure, facts=tuple(facts), code=code)
+        call = f"{spelt(probe)}.run(subject, streams.corpus('four'))"
+        return spectrum(found, call, (self.layer, self.neuron), chance)
 
     def _relations(self) -> Picture:
         chance = self._neurons_only("average precision")
         asked = project_facts()
         probe = RelationNeurons(layers=(self.layer,), templates=asked.templates[:1], only_answered=False, n_null=N_NULL)
         found: Any = self.once(("relations", self.layer), lambda: probe.run(self.subject, asked))
-        line = np.quantile(found.null, 0.95, axis=1)  # (relation,)
-        own, other = (found.ap[0, 0, neuron] for neuron in (self.neuron, chance))
-        names = {f"Neuron {self.layer}.{self.neuron}": own, f"Neuron {self.layer}.{chance}, at random": other}
-        tables = [pd.DataFrame({"relation": found.relations, "ap": ap, "unit": name}) for name, ap in names.items()]
-        best, above = int(own.argmax()), [int((ap > line).sum()) for ap in (own, other)]
-        title = (
-            f"{self._name(self.neuron)} picks out “{found.relations[best]}” best, average precision {own[best]:.2f}; "
-            f"it passes chance on {above[0]} of {len(line)} relations, a random neuron on {above[1]}"
-        )
-        figure = plots.bars(
-            pd.concat(tables), "relation", "ap", color="unit", title=title, x_title="",
-            y_title="average precision, better of both ends",
-        )  # fmt: skip
-        for place, level in enumerate(line):
-            mark = {"color": plots.BLACK, "width": 2, "dash": "dot"}
-            figure.add_shape(type="line", x0=place - 0.45, x1=place + 0.45, y0=level, y1=level, line=mark)
-        figure.update_yaxes(range=[0.0, 1.2 * max(own.max(), other.max(), line.max())])
-        figure.add_annotation(
-            text="dotted: 95 % of random orders stay below", x=1.0, y=1.0, xref="paper", yref="paper", showarrow=False
-        )
-        facts = (
-            Fact("best average precision", float(own[best])),
-            Fact("best average precision, random neuron", float(other.max())),
-            Fact("relations above chance", above[0], f"of {len(line)}"),
-            Fact("relations above chance, random neuron", above[1], f"of {len(line)}"),
-            Fact(f"q for {found.relations[best]}", float(found.q[0, 0, self.neuron, best])),
-        )
-        words = "All prompts are ranked, answered or not: a neuron may follow the wording rather than the fact."
-        code = f"{_spelt(probe)}.run(subject, project_facts()).ap[0, 0, {self.neuron}]"
-        return Picture(figure, facts=facts, words=words, code=code)
+        return relations(found, f"{spelt(probe)}.run(subject, project_facts())", (self.layer, self.neuron), chance)
 
     def _read_out(self) -> Picture:
         own, chance = self._own, self.unit("random").index
-        if self.kind == "feature":
-            found = self._factors()
-            best = found.vocabulary.query("rank == 0 and sign == 1").set_index("feature")
-            facts = (
-                Fact("best word written", float(best.loc[own, "score"]), "logits per unit"),
-                Fact("best word, random feature", float(best.loc[chance, "score"]), "logits per unit"),
-            )
-            code = f"{_spelt(self._snmf())}.run(subject, texts).plot('words', {own})"
-            return Picture(found.plot("words", own), facts=facts, code=code)
-        probe = NeuronTokens(layers=(self.layer,), n_random=N_NULL)
-        labels: Any = self.once(("labels", self.layer), lambda: probe.run(self.subject, None))
-        strength = labels.strength()[0].max(axis=2)  # (neuron, side)
-        facts = tuple(
-            Fact(f"what it {side}s, {name}", float(strength[index, k]), "times the line of random vectors")
-            for k, side in enumerate(labels.sides)
-            for name, index in (("this neuron", own), ("random neuron", chance))
+        if self.kind == "neuron":
+            probe = NeuronTokens(layers=(self.layer,), n_random=N_NULL)
+            labels: Any = self.once(("labels", self.layer), lambda: probe.run(self.subject, None))
+            return read_out(labels, f"{spelt(probe)}.run(subject, None)", (self.layer, own), chance)
+        found = self._factors()
+        best = found.vocabulary.query("rank == 0 and sign == 1").set_index("feature")
+        facts = (
+            Fact("best word written", float(best.loc[own, "score"]), "logits per unit"),
+            Fact("best word, random feature", float(best.loc[chance, "score"]), "logits per unit"),
         )
-        code = f"{_spelt(probe)}.run(subject, None).plot('neuron', ({self.layer}, {own}))"
-        return Picture(labels.plot("neuron", (self.layer, own)), facts=facts, code=code)
+        code = f"{spelt(self._snmf())}.run(subject, texts).plot('words', {own})"
+        return Picture(found.plot("words", own), facts=facts, code=code)
 
     def _clamp(self) -> Picture:
         written = {arm: self.answers(arm) for arm in ARMS}
@@ -411,11 +362,3 @@ class NeuronDesk(Desk):
         if self.kind == "neuron":
             return f"Clamp({{Site({self.layer}, 'neurons'): [{self.neuron}]}}, {value})"
         return f"Steer(factors.feature({self.feature}).direction(), Site({self.layer}, 'neurons'), {value})"
-
-
-def _spelt(probe: Any) -> str:
-    """The call that makes a probe, with the settings that are not as it comes."""
-    moved = [
-        f"{one.name}={getattr(probe, one.name)!r}" for one in fields(probe) if getattr(probe, one.name) != one.default
-    ]
-    return f"{type(probe).__name__}({', '.join(moved)})"

@@ -36,7 +36,8 @@ function made(setting, k) {
   return label;
 }
 
-const asked = window.location.hash.slice(1).split(",").map(Number);
+// Where nothing follows the #, or no numbers, parseInt gives NaN, which is no place; Number("") would be the first.
+const asked = window.location.hash.slice(1).split(",").map((part) => parseInt(part, 10));
 if (asked.length === place.length && asked.every((n, k) => n >= 0 && n < grid.settings[k].values.length)) {
   asked.forEach((n, k) => { place[k] = n; });
 }

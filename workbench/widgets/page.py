@@ -79,7 +79,8 @@ def _axes(desk: Desk, settings: Sequence[str], values: Mapping[str, Sequence[Any
 
 
 def _options(desk: Desk, control: Control, named: Sequence[Any] | None) -> list[Any]:
-    options, own = list(control.some() if named is None else named), desk.settings[control.name]
+    parameter, own = desk.parameters()[control.name], desk.settings[control.name]
+    options = [parameter.check(value) for value in (control.some() if named is None else named)]
     if not options:
         raise ValueError(f"export_html: {control.name} can be anything. Name values: {control.name}=[…, …].")
     for value in options:

@@ -261,7 +261,9 @@ class PruningDesk(Desk):
             if plan.total(family):
                 kept = sum(plan.kept(layer, family) for layer in layers) / (len(layers) * plan.total(family))
                 facts.append(Fact(f"{family} kept", kept, "share"))
-        facts += [Fact(f"loss added, {arm}", *_valued(self._added(arm), "nats per token")) for arm in ARMS[1:]]
+        for arm in ARMS[1:]:
+            more, low, high = self._added(arm)
+            facts.append(Fact(f"loss added, {arm}", more, "nats per token", low, high))
         for arm in ARMS if self._items() else ():
             count = self._right(arm)
             ends = map(float, wilson_interval(count, N_FACTS))
@@ -365,11 +367,6 @@ class PruningDesk(Desk):
 
 @functools.cache
 def _asked_of_all() -> tuple[Prompt, ...]:
-    """Facts of every relation, evenly chosen."""
+    """Facts of all relations, which are mixed, evenly chosen."""
     items = relations.items("held_out", 0)
     return tuple(as_prompt(items[n * len(items) // N_FACTS]) for n in range(N_FACTS))
-
-
-def _valued(numbers: tuple[float, float, float], unit: str) -> tuple[float, str, float, float]:
-    """(value, low, high) in the order of a Fact."""
-    return numbers[0], unit, numbers[1], numbers[2]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from workbench import plots
-from workbench.directions import Direction, difference_in_means, random_direction
+from workbench.directions import Direction, random_direction
 from workbench.generation import Generation
 from workbench.methods.steering.contrast import Contrast
-from workbench.methods.steering.side_effects import mean_residual_norm
 from workbench.methods.steering.steered import SteeringMapResult
 from workbench.methods.steering.target import Target, last_logprobs
 from workbench.probes.steering_map import steering_map
@@ -84,6 +83,13 @@ class SteeringDesk(Desk):
             Number("seed", "random direction no.", not of_map),
         )
 
+    def changed(self, **settings: Any) -> Self:
+        """This desk with other settings; where prompts go, the last that is left is shown, unless one is named."""
+        if "prompts" in settings and "shown_prompt" not in settings:
+            left = len(super().changed(prompts=settings["prompts"], shown_prompt=1)._prompts)
+            settings = {"shown_prompt": min(self.shown_prompt, left)} | settings
+        return super().changed(**settings)
+
     @classmethod
     def grid(cls) -> tuple[str, ...]:
         return ("layer", "strength")
@@ -127,27 +133,16 @@ class SteeringDesk(Desk):
         return Site(self.layer, kind)
 
     def _direction(self) -> Direction:
-        """The vector, found in the middle of the model: the same at every layer."""
+        """The vector: the caller's, a file's, or that of a contrast."""
         if self.direction in self.directions:
             return self.directions[self.direction]
         if self.direction not in material.contrasts():
             return self.once(("file", self.direction), lambda: Direction.load(self.direction))
-        return self.once(("direction", self.direction), self._found)
-
-    def _found(self) -> Direction:
-        site, contrast = Site(self.subject.n_layers // 2, "resid_out"), self._contrast()
-        tokens = "last" if self.direction == "refusal" else "mean"
-        found = (contrast.positive, contrast.negative, site)
-        return difference_in_means(self.subject, *found, tokens=tokens, name=self.direction)
-
-    def _contrast(self) -> Contrast:
-        positive, negative = material.contrasts()[self.direction]()
-        return Contrast(positive, negative)
+        return self.once(("direction", self.direction), lambda: material.direction(self.subject, self.direction))
 
     def _unit(self) -> float:
         """Mean norm of the residual stream where it is pushed: the unit of strength."""
-        texts = material.texts(self.subject)
-        return self.once(("norm", self._site), lambda: float(mean_residual_norm(self.subject, texts, (self._site,))[0]))
+        return self.once(("norm", self._site), lambda: material.norm(self.subject, self._site))
 
     def _push(self, arm: str) -> tuple[Any, ...]:
         """What decides what an arm writes; nothing of the push where nothing is pushed."""
@@ -233,11 +228,9 @@ class SteeringDesk(Desk):
         )
 
     def _target(self) -> Target:
-        return (
-            Target.of_words(self.subject, self.target.split())
-            if self.target
-            else Target.found(self.subject, self._contrast())
-        )
+        if self.target:
+            return Target.of_words(self.subject, self.target.split())
+        return Target.found(self.subject, Contrast(*material.contrasts()[self.direction]()))
 
     def _code(self) -> str:
         scale = self.strength * self._unit() / self._direction().norm
