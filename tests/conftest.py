@@ -1,12 +1,19 @@
-"""What several test files share: the project's folder and small notebooks."""
+"""What several test files share: the project's folder, the organism, small notebooks, a room of desks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from workbench import Subject
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before any import of torch: its threads should not spin
 
@@ -26,6 +33,53 @@ many: bool = False  # more of it"""
 def root() -> Path:
     """The project's folder."""
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def organism() -> Subject:
+    """The organism on the CPU, one for all tests of a file."""
+    from workbench import Subject  # here: many tests need no torch
+
+    return Subject.organism(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def demo(root: Path) -> Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]]:
+    """Serves the steering desk to two visitors: `with demo(folder, *options) as (process, address)`.
+
+    The folder is where it works, its home and its place for temporary files; the process is killed when the block ends.
+    """
+
+    @contextmanager
+    def serve(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+        pytest.importorskip("solara", reason="what serves a room is not installed: pip install 'workbench[demo]'")
+        words = ["-m", "workbench.cli", "demo", "steering", "--port", "0", "--visitors", "2", *options]
+        own = {
+            "PYTHONPATH": str(root),
+            "WORKBENCH_RUNS": str(folder / "runs"),
+            "HOME": str(folder),
+            "TMPDIR": str(folder),
+        }
+        with (folder / "log.txt").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=folder,
+                env=os.environ | own,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        assert process.stdout is not None
+        try:
+            said = next((line for line in process.stdout if "the room is open" in line), "")
+            assert said, (folder / "log.txt").read_text()
+            yield process, said.split()[4]
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+    return serve
 
 
 @pytest.fixture(scope="session")

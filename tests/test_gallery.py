@@ -100,6 +100,29 @@ def test_a_very_long_table_is_not_copied(tmp_path):
     assert "all are in the run's folder" in (tmp_path / "out" / "runs" / f"a_b-{1:012x}.html").read_text()
 
 
+def test_two_tables_whose_names_look_the_same_in_a_link_are_two_files(tmp_path):
+    run = made_run(tmp_path, 1)
+    for n, name in enumerate(("a.b", "a_b", "a b")):
+        (run.folder / "results" / name).mkdir()
+        table = pd.DataFrame({"n": [n]})
+        (run.folder / "results" / name / "table-0.parquet").write_bytes(table.to_parquet(index=False))
+    write_gallery([run], tmp_path / "out")
+    source = (tmp_path / "out" / "runs" / f"a_b-{1:012x}.html").read_text()
+    for n, name in enumerate(("a.b", "a_b", "a b")):
+        (file,) = re.findall(rf"<h2>Kept: {re.escape(name)}</h2>\n<p>all as <a href=\"\.\./tables/([^\"]+)\"", source)
+        assert pd.read_csv(tmp_path / "out" / "tables" / file)["n"].tolist() == [n]
+
+
+def test_a_parameter_that_is_called_like_a_fact_of_the_run_hides_nothing(tmp_path):
+    runs = [made_run(tmp_path, n) for n in (1, 2)]
+    for n, run in enumerate(runs):
+        (run.folder / "params.json").write_text(json.dumps({"status": f"fast {n}"}))
+    source = write_gallery(runs, tmp_path / "out").read_text()
+    for n in (0, 1):
+        assert f'<td data-name="status">fast {n}</td>' in source
+    assert source.count('<td data-name="status">done</td>') == 2
+
+
 def test_a_broken_table_costs_no_other_page(runs, tmp_path):
     (runs[0].folder / "results" / "shares" / "table-0.parquet").write_bytes(b"PAR1")
     write_gallery(runs, tmp_path / "out")

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from workbench.report import PLOTLY, WIDGET, page, write_report
+from workbench.report import PLOTLY, WIDGET, page, title_of, write_report
 from workbench.run import Run
 from workbench.safe_html import safe_html
 
@@ -132,6 +132,32 @@ def test_the_contents_lead_to_every_run(run, tmp_path):
         if tag == "a" and (attributes["href"] or "").startswith("#run")
     }
     assert links == {"#run-1", "#run-2"} <= {f"#{attributes.get('id')}" for _, attributes in elements}
+
+
+def test_a_comment_in_code_is_no_title(tmp_path):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    cells = [new_code_cell("# set up\nx = 1"), new_markdown_cell("# Does it rise?")]
+    nbformat.write(new_notebook(cells=cells), folder / "notebook.ipynb")
+    assert title_of(Run(folder)) == "Does it rise?"
+
+
+def test_a_parameter_that_is_called_like_a_fact_of_the_run_hides_nothing(tmp_path):
+    run = made_run(tmp_path / "a" / "b")
+    (run.folder / "params.json").write_text('{"status": "fast", "run": 7}')
+    source = page([run], "Page")
+    for name, value in (("run", "b"), ("status", "done"), ("status", "fast"), ("run", "7")):
+        assert f"<tr><th scope=row>{name}</th><td>{value}</td></tr>" in source
+
+
+@pytest.mark.parametrize("name", ["notebook.ipynb", "figures/rise.json"])
+def test_a_file_that_was_cut_is_named(tmp_path, name):
+    run = made_run(tmp_path / "a" / "b")
+    (run.folder / "notebook.ipynb").unlink()
+    (run.folder / "figures").mkdir()
+    (run.folder / name).write_text('{"cells": [')
+    with pytest.raises(ValueError, match=rf"{name}: not JSON .* Bring the file back"):
+        page([run], "Page")
 
 
 def test_a_failed_run_shows_its_error(tmp_path):

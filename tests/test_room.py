@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -301,12 +301,13 @@ def test_a_page_of_another_site_gets_no_connection() -> None:
 # The room and its command
 
 
-def test_every_desk_has_a_page_and_a_model_without_one_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_desk_has_a_page_and_a_model_without_one_is_told_why() -> None:
     class Absent(SteeringDesk):
         def fitted(self) -> dict[str, Any]:
             raise ValueError("this model has no <neurons>")
 
     kinds = chosen([])
+    assert list(kinds) == ["steering", "cache", "pruning", "neuron", "lens", "dice", "compose"]
     assert kinds["steering"] is SteeringDesk and list(chosen(["steering"])) == ["steering"]
     room = Room(Subject.tiny(), {"steering": SteeringDesk, "absent": Absent}, 3)
     index = room.index()
@@ -323,6 +324,26 @@ def test_mistakes_are_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> No
     error = capsys.readouterr().err
     assert f"127.0.0.1 port {port}: Address already in use. Choose another with --port." in error
     assert error.count("\n") == 1
+    for port in (-1, 2**16, 10**12):
+        assert main(["demo", f"--port={port}"]) == 2
+        assert capsys.readouterr().err == f"workbench: demo: got port {port}, expected 0 to 65535.\n"
+
+
+def test_this_machine_alone_is_served_unless_told_otherwise_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts = []
+
+    def serve(room: Room, opened: socket.socket) -> None:
+        with opened, closing(room.turns):
+            hosts.append(opened.getsockname()[0])
+
+    monkeypatch.setattr("workbench.room.serving.serve", serve)
+    words = ["demo", "steering", "--model", "tiny:llama", "--port", "0"]
+    assert main(words) == 0 and capsys.readouterr().err == ""
+    assert main([*words, "--host", "0.0.0.0"]) == 0
+    assert "0.0.0.0 can be reached from other machines, without a password" in capsys.readouterr().err
+    assert hosts == ["127.0.0.1", "0.0.0.0"]
 
 
 def test_without_what_serves_a_room_words_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -359,27 +380,13 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, demo: Callable[..., Any]) -> Iterator[Server]:
     """The room of two seats on the tiny model, its working folder holding a secret."""
-    for library in ("solara", "websockets"):
-        pytest.importorskip(library, reason="what serves a room is not installed: pip install 'workbench[demo]'")
+    pytest.importorskip("websockets", reason="what serves a room is not installed: pip install 'workbench[demo]'")
     folder = tmp_path_factory.mktemp("room")
     (folder / "secret.txt").write_text(SECRET)
-    words = ["-m", "workbench.cli", "demo", "steering", "--port", "0", "--model", "tiny:llama", "--visitors", "2"]
-    variables = os.environ | {"PYTHONPATH": str(root), "HOME": str(folder), "WORKBENCH_RUNS": str(folder / "runs")}
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *words], cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-    assert process.stdout is not None
-    try:
-        said = next((line for line in process.stdout if "the room is open" in line), "")
-        assert said, (folder / "log.txt").read_text()
-        yield Server(process, int(said.split("http://127.0.0.1:")[1].split()[0]), folder)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with demo(folder, "--model", "tiny:llama") as (process, address):
+        yield Server(process, int(address.removeprefix("http://127.0.0.1:")), folder)
 
 
 class Visitor:
@@ -485,10 +492,10 @@ def test_a_hostile_client_gets_nothing_executed_and_the_desk_goes_on(server: Ser
     guest.set(guest.widget("direction"), index=10**6)
     guest.set(guest.widget("direction"), value="../secret.txt", label="../secret.txt", options=["../secret.txt"])
     guest.set(guest.widget("tokens to write"), max=10**9, value=10**9)
-    guest.wait(lambda: "tokens_" in guest.text() or "expected a number from" in guest.text())
+    guest.wait(lambda: "new_tokens: got 1000000000, expected a whole number from 1 to 64" in guest.text())
     guest.set(guest.widget("prompts, one per line"), value=f"__import__('os').system('touch {loot}')")
     guest.wait(lambda: "touch" in guest.text() and "answered in" in guest.text())
-    assert not loot.exists() and SECRET not in guest.text()
+    assert not loot.exists() and SECRET not in guest.heard
     assert not {kind for kind in guest.kinds if kind.endswith("_reply")} and "mine" not in guest.widgets
 
 

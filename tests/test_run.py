@@ -26,7 +26,7 @@ from workbench import keys, leases
 from workbench.leases import LeaseLost, held
 from workbench.parameters import declared, merged
 from workbench.result import Result
-from workbench.run import Run, all_runs, execute, plan
+from workbench.run import Plan, Run, all_runs, execute, plan
 from workbench.signature import signature_of
 
 GREET = """
@@ -138,13 +138,18 @@ def test_files_that_are_no_parametrised_notebook_are_refused(tmp_path, write_not
     (tmp_path / "text.ipynb").write_text("hello")
     (tmp_path / "other.ipynb").write_text('{"worksheets": []}')
     (tmp_path / "bytes.ipynb").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "shape.ipynb").write_text('{"cells": [{"cell_type": "code", "source": "1", "metadata": null}]}')
+    (tmp_path / "tags.ipynb").write_text(
+        '{"cells": [{"cell_type": "code", "source": "1", "metadata": {"tags": null}}]}'
+    )
     with pytest.raises(FileNotFoundError, match="no such notebook"):
         plan(tmp_path / "none.ipynb")
-    for name in ("text", "other", "bytes"):
+    for name in ("text", "other", "bytes", "shape"):
         with pytest.raises(ValueError, match="not a notebook"):
             plan(tmp_path / f"{name}.ipynb")
-    with pytest.raises(ValueError, match="0 code cells are tagged 'parameters', expected one"):
-        plan(write_notebook(tmp_path / "bare.ipynb", "1", params=None))
+    for path in (write_notebook(tmp_path / "bare.ipynb", "1", params=None), tmp_path / "tags.ipynb"):
+        with pytest.raises(ValueError, match="0 code cells are tagged 'parameters', expected one"):
+            plan(path)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,7 @@ def test_files_that_are_no_parametrised_notebook_are_refused(tmp_path, write_not
     [
         ("n: int = 3\nimport os", "line 2: got 'import os', expected NAME: TYPE = LITERAL"),
         ("n: int = len('abc')", "line 1: got .* expected NAME: TYPE = LITERAL"),
+        ("n: int = {[]: 1}", "line 1: got .* expected NAME: TYPE = LITERAL"),
         ("n: list[int] = [1]", r"n is declared list\[int\], expected one of int, float, str, bool"),
         ("n: int = '3'", "parameter n: got '3', expected int"),
         ("n = m = 3", "expected NAME: TYPE = LITERAL"),
@@ -257,6 +263,18 @@ def test_a_failing_cell_is_recorded_with_its_source_and_last_lines(tmp_path, wri
     assert run.status == "failed" and (error["kind"], error["cell"]) == ("cell failed", 3)
     assert error["source"].endswith("1 / 0") and error["lines"][-1] == "ZeroDivisionError: division by zero"
     assert "here" in (run.folder / "notebook.ipynb").read_text() and "notebook.ipynb" in run.manifest["artefacts"]
+
+
+def test_a_disk_that_fills_up_is_recorded_also_where_it_cut_the_notebook(tmp_path, write_notebook, monkeypatch):
+    def cut(planned: Plan, *_: object) -> None:
+        (planned.run.folder / "notebook.ipynb").write_text('{"cells": [')
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("workbench.run._papermill", cut)
+    run = execute(write_notebook(tmp_path / "full.ipynb", "1"), runs=tmp_path / "runs")
+    error = run.manifest["error"]
+    assert run.status == "failed" and (error["kind"], run.manifest["cell_seconds"]) == ("runner failed", None)
+    assert error["lines"] == ["OSError: [Errno 28] No space left on device"]
 
 
 def test_a_killed_kernel_is_a_failed_run(tmp_path, write_notebook):

@@ -280,6 +280,13 @@ def test_runs_are_a_value_that_shows_itself(make, tmp_path):
     assert Runs("none", tmp_path / "runs").table().empty
 
 
+def test_a_parameter_that_is_called_like_a_fact_of_the_run_is_shown_beside_it(make, tmp_path):
+    for status in ("fast", "slow"):
+        make(seconds=60, key=status)
+    page = Runs("a", tmp_path / "runs")._repr_html_()
+    assert "<th>seconds</th><th>key</th>" in page and "<td>1.5</td><td>fast</td>" in page
+
+
 def test_equal_runs_of_other_code_are_refused_or_only_the_latest_counts(make, tmp_path):
     for share in (0.1, 0.9):
         make(tables=shares(share), seed=0)
@@ -319,6 +326,13 @@ def test_a_missing_value_is_not_counted_as_a_seed():
     assert over_seeds(table, "y", ["keep"]).set_index("keep")["n_seeds"].to_dict() == {0.25: 2, 0.5: 3}
 
 
+def test_a_column_without_a_number_is_refused_where_it_should_be_drawn():
+    means = over_seeds(seeds_table(2).assign(y=np.nan), "y", ["keep"])
+    assert means.empty
+    with pytest.raises(ValueError, match="y is NaN in every row, expected a number somewhere"):
+        seeds_figure(means, "keep", "y")
+
+
 def test_what_else_differs_is_named_and_not_averaged_away():
     with pytest.raises(
         ValueError, match=r"up to 2 rows share one seed and one seed_; they differ in keep. Choose with"
@@ -351,8 +365,7 @@ def test_names_get_points_and_a_colour_has_its_name(make, tmp_path):
         Runs("a", tmp_path / "runs").plot("hftp", "share", "model", where="layer = 9")
 
 
-def test_hundreds_of_runs_are_asked_within_seconds(make, tmp_path):
-    """A guard against a cost that grows with the square of the runs; the time itself belongs to a benchmark."""
+def test_one_question_goes_over_hundreds_of_runs(make, tmp_path):
     table = shares(0.1, 0.2)
     for seed in range(300):
         make(tables=table, seed=seed)

@@ -186,6 +186,10 @@ def test_equal_tables_have_no_differences_whatever_they_hold():
         ({"x": [1.0]}, "2 rows in the first, 1 in the second"),
         ({"x": [1.0, 2.5]}, "x: 1 of 2 rows differ, at most by 0.2 relative, 2 and 2.5"),
         ({"x": [1.0, np.nan]}, "x: 1 of 2 rows differ, none of them finite in both"),
+        (
+            {"x": [1.25, np.inf]},
+            "x: 2 of 2 rows differ, at most by 0.2 relative, 1 and 1.25; 1 of them not finite in both",
+        ),
         ({"x": ["1", "2"]}, "x: 2 of 2 rows differ, first in 0: 1.0 and '1'"),
     ],
 )

@@ -262,7 +262,7 @@ def test_a_sweep_with_everything_there_starts_nothing_and_shows_itself(tmp_path,
     runs = tmp_path / "runs"
     for seed in (0, 1):
         pretend(tiny, runs, {"seed": seed}, status="done", seconds=2.0)
-    monkeypatch.setattr(clusters, "opened", None)
+    monkeypatch.setitem(make.__globals__, "opened", None)  # what starts workers
     made = make(survey(tiny, [{"seed": [0, 1]}], runs), Where(), command="workbench sweep tiny.ipynb")
     assert made.status == "done" and [run.params or run.status for run in made.runs] == ["done", "done"]
     assert made.table()["seed"].tolist() == [0, 1] and made.table()["cached"].all()
@@ -318,6 +318,14 @@ def test_a_record_tells_what_was_not_made(tmp_path, tiny):
     assert json.loads(made.page.with_suffix(".json").read_text()) == made.facts
     again = ended(tmp_path, tiny, lambda key, n: Outcome(key, "done", True, 1.0))
     assert again.page == made.page and again.status == "done", "the same runs are the same sweep"
+
+
+def test_a_parameter_that_is_called_like_a_fact_of_the_run_stands_beside_it(tmp_path, write_notebook):
+    notebook = write_notebook(tmp_path / "timed.ipynb", "1", params="seconds: float = 1.0")
+    known = survey(notebook, [{"seconds": [0.5]}], tmp_path / "runs")
+    key = known.plans[0].run.key
+    table = Writer(known, "sweep").ended(Driven({key: Outcome(key, "done", True, 3.0)}, {key: 1})).table()
+    assert table["param_seconds"].tolist() == [0.5] and table["seconds"].tolist() == [3.0]
 
 
 def test_progress_without_a_terminal_is_lines_without_control_characters():

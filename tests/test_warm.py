@@ -187,7 +187,7 @@ def test_folders_of_killed_processes_are_removed_and_those_of_the_living_are_not
         dead.kill()
         dead.wait()
         with monkeypatch.context() as without_locks:
-            without_locks.setattr("workbench.kernel.fcntl", None)
+            without_locks.setattr("workbench.files.fcntl", None)
             with short_folder() as own:
                 assert [folder.exists() for folder in (*folders, own)] == [True, True, True]
         with short_folder() as own:

@@ -78,13 +78,13 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[T
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        got = _flock(file)
+        got = flock(file)
         if got is False:  # perhaps by `is_locked` of another process, for a moment
             time.sleep(0.02)
-            got = _flock(file)
+            got = flock(file)
         if got is False:
             on_wait()
-            got = _flock(file, wait=True)
+            got = flock(file, wait=True)
         if not got:
             yield None
             return
@@ -99,7 +99,7 @@ def is_locked(path: Path) -> bool:
     """Whether a process holds the lock file `path` now, as far as this machine can tell."""
     try:
         with path.open("rb") as file:
-            return _flock(file, shared=True) is False
+            return flock(file, shared=True) is False
     except FileNotFoundError:
         return False
 
@@ -122,7 +122,7 @@ def _boot() -> str:
     return file.read_text().strip() if file.exists() else socket.gethostname()
 
 
-def _flock(file: IO[bytes], *, shared: bool = False, wait: bool = False) -> bool | None:
+def flock(file: IO[bytes], *, shared: bool = False, wait: bool = False) -> bool | None:
     """Lock an open file: True, False if another process has, or None where the system has no locks."""
     if fcntl is None:
         return None

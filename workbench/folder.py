@@ -111,7 +111,7 @@ class Run:
     @property
     def findings(self) -> list[str]:
         """The recorded findings; for a run that recorded none, the titles of its kept figures."""
-        titles = (_title(figure) for figure in self.figures().values())
+        titles = (figure_title(figure) for figure in self.figures().values())
         return self._read("findings.json") or [title for title in titles if title]
 
     @property
@@ -122,7 +122,7 @@ class Run:
     def figures(self) -> dict[str, dict[str, Any]]:
         """The kept figures as plotly JSON, by name."""
         paths = storage.files(self.folder / "figures", "[!.]*.json")
-        return {path.stem: json.loads(storage.read(path)) for path in paths}
+        return {path.stem: storage.read_json(path) for path in paths}
 
     def results(self) -> dict[str, Result]:
         """The kept results, by name."""
@@ -143,8 +143,7 @@ class Run:
 
     def _read(self, name: str) -> Any:
         try:
-            path = self.folder / name
-            return storage.json_in(path, storage.read(path), list if name == "findings.json" else dict)
+            return storage.read_json(self.folder / name, list if name == "findings.json" else dict)
         except FileNotFoundError:
             return None
 
@@ -180,6 +179,13 @@ def run_command(notebook: str, params: Mapping[str, Any]) -> str:
     return shlex.join(["workbench", "run", notebook, *options])
 
 
+def figure_title(figure: Mapping[str, Any]) -> str:
+    """The title of a figure's JSON data, in one line."""
+    title = figure.get("layout", {}).get("title") or {}
+    text = title.get("text") or "" if isinstance(title, Mapping) else title
+    return str(text).replace("<br>", " ")
+
+
 def checked_name(name: str) -> str:
     """`name`, if it can name a folder on every system."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_ .-]{0,98}[A-Za-z0-9_]|[A-Za-z0-9_]", name):
@@ -190,11 +196,6 @@ def checked_name(name: str) -> str:
 def _use_deterministic_algorithms() -> None:
     if torch := sys.modules.get("torch"):
         torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def _title(figure: Mapping[str, Any]) -> str:
-    title = figure.get("layout", {}).get("title") or {}
-    return str(title.get("text") or "").replace("<br>", " ") if isinstance(title, dict) else str(title)
 
 
 def _near(path: Place) -> Place:

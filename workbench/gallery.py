@@ -7,7 +7,8 @@ it once. Without JavaScript the index is a plain table of every run.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -40,7 +41,7 @@ def write_gallery(runs: Sequence[Run], out: str | Place, title: str = "What the 
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_gallery(index)):
         raise ValueError(f"gallery: {out} holds something else, expected a new folder, an empty one or a gallery.")
     found = read(runs)
-    names = [f"{_plain(record.notebook)}-{_plain(record.key)}" for record in found]
+    names = _plain(f"{record.notebook}-{record.key}" for record in found)
     written = {"index.html", LIBRARY}
     for place, (record, name) in enumerate(zip(found, names, strict=True)):
         tables = _tables(record, out, name)
@@ -91,9 +92,9 @@ def run_page(record: Record, tables: Sequence[tuple[str, str, str]], around: Seq
 
 def _tables(record: Record, out: Place, page: str) -> list[tuple[str, str, str]]:
     """(name, CSV file, HTML fragment) of each table that a run kept; the files are written."""
-    made = []
-    for name, path in record.tables().items():
-        heading, file = f"<h2>Kept: {text_of(name)}</h2>", f"{page}-{_plain(name)}.csv"
+    made, kept = [], record.tables()
+    for (name, path), plain in zip(kept.items(), _plain(f"{page}-{name}" for name in kept), strict=True):
+        heading, file = f"<h2>Kept: {text_of(name)}</h2>", f"{plain}.csv"
         try:
             table, n_rows = _read_table(path)
         except (OSError, pa.ArrowInvalid):  # one broken file must not cost the other runs their pages
@@ -123,10 +124,10 @@ def _row(record: Record, name: str, params: Sequence[str]) -> str:
     every = " ".join(f"{param}={value}" for param, value in record.params.items())
     started = record.started[:16].replace("T", " ")
     link = f'<a href="runs/{name}.html">{text_of(record.notebook)}<br> <code>{text_of(record.key)}</code></a>'
-    facts = {"status": record.status, "started": started}
-    facts |= {param: record.params[param] for param in params if param in record.params}
+    values = [record.status, started, *(record.params.get(param, "") for param in params)]
     cells = "".join(
-        f'<td data-name="{text_of(name)}">{text_of(facts.get(name, ""))}</td>' for name in (*FACTS, *params)
+        f'<td data-name="{text_of(name)}">{text_of(value)}</td>'
+        for name, value in zip((*FACTS, *params), values, strict=True)
     )
     about = f'data-notebook="{text_of(record.notebook)}" data-status="{text_of(record.status)}"'
     lines = "<br>".join(text_of(line) for line in record.findings or _failure(record))
@@ -148,9 +149,14 @@ def _is_gallery(index: Place) -> bool:
     return index.is_file() and MARK.encode() in storage.read(index)
 
 
-def _plain(name: str) -> str:
-    """A name that needs no escaping in a link."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+def _plain(names: Iterable[str]) -> list[str]:
+    """Each name as one that needs no escaping in a link; those that come out the same are told apart by a number."""
+    made: list[str] = []
+    for name in names:
+        plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+        numbered = (plain if number == 1 else f"{plain}-{number}" for number in count(1))
+        made.append(next(each for each in numbered if each not in made))
+    return made
 
 
 _STYLE = """

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -25,11 +25,7 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from jupyter_core.utils import ensure_event_loop
 
 from workbench.environment import PACKAGE
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from workbench.files import flock
 
 if TYPE_CHECKING:
     from workbench.warm import WarmKernels
@@ -204,25 +200,14 @@ def short_folder() -> Iterator[Path]:
         place = "/tmp"
     for lock in Path(place).glob(f"{PREFIX}*/{LOCK}"):
         with suppress(OSError), lock.open("rb") as file:  # another user's, or removed by another process just now
-            if _flock(file):
+            if flock(file):
                 shutil.rmtree(lock.parent, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=PREFIX, dir=place, ignore_cleanup_errors=True) as name:
         new = Path(name, f"new-{LOCK}")
         with new.open("wb") as file:
-            if _flock(file):
+            if flock(file):
                 new.rename(new.with_name(LOCK))  # from here on a living process holds every file of this name
             yield Path(name)
-
-
-def _flock(file: IO[bytes]) -> bool:
-    """Lock an open file until it is closed; False if another process has it locked, or where there are no locks."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _own_folders(folder: Path) -> dict[str, str]:

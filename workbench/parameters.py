@@ -88,7 +88,7 @@ def _parameter(statement: ast.stmt) -> Parameter:
         raise refusal
     try:
         default = ast.literal_eval(value)
-    except ValueError:
+    except (ValueError, TypeError):  # no literal, or one that can't be made, such as {[]: 1}
         raise refusal from None
     kinds = [kind for kind in types if kind != "None"] or [type(default).__name__]
     if len(kinds) != 1 or kinds[0] not in TYPES:

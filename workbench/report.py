@@ -8,7 +8,6 @@ it, and in the picture that a reader saves of it, stand its run's key and the co
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,10 +54,8 @@ def page(runs: Sequence[Run], title: str) -> str:
 def section(run: Run, number: int) -> str:
     """One run as an HTML fragment: what it is, what it found, its notebook."""
     manifest = run.manifest
-    facts = {"run": run.key, "status": run.status, "started": manifest.get("started", ""), **run.params}
-    rows = "".join(
-        f"<tr><th scope=row>{text_of(name)}</th><td>{text_of(value)}</td></tr>" for name, value in facts.items()
-    )
+    facts = [("run", run.key), ("status", run.status), ("started", manifest.get("started", "")), *run.params.items()]
+    rows = "".join(f"<tr><th scope=row>{text_of(name)}</th><td>{text_of(value)}</td></tr>" for name, value in facts)
     cells = "\n".join(_cells(run, number)) or _kept_figures(run, number)
     return (
         f'<section id="run-{number}" aria-label="{text_of(title_of(run))}">\n'
@@ -148,14 +145,15 @@ def _error(manifest: dict[str, Any]) -> str:
 
 def _notebook(run: Run) -> list[dict[str, Any]]:
     path = run.folder / "notebook.ipynb"
-    return json.loads(storage.read(path))["cells"] if path.exists() else []
+    return storage.read_json(path)["cells"] if path.exists() else []
 
 
 def title_of(run: Run) -> str:
     """The notebook's first heading, else its name."""
     for cell in _notebook(run):
-        if found := re.search(r"^#\s+(.+)$", "".join(cell["source"]), flags=re.MULTILINE):
-            return found.group(1).strip() if cell["cell_type"] == "markdown" else run.notebook
+        found = re.search(r"^#\s+(.+)$", "".join(cell["source"]), flags=re.MULTILINE)
+        if found and cell["cell_type"] == "markdown":  # in code it is a comment
+            return found[1].strip()
     return run.notebook
 
 

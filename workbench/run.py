@@ -181,8 +181,8 @@ def read_cells(path: Path) -> list[Cell]:
         raise FileNotFoundError(f"{path}: no such notebook. Expected the path of an .ipynb file.")
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return [Cell(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells]
-    except (ValueError, KeyError, TypeError):  # not text, not JSON, JSON of another shape
+        return [Cell(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags") or []) for cell in cells]
+    except (ValueError, KeyError, TypeError, AttributeError):  # not text, not JSON, JSON of another shape
         raise ValueError(f"{path}: not a notebook. Expected an .ipynb file of format 4.") from None
 
 
@@ -319,7 +319,8 @@ def _artefacts(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _cell_seconds(notebook: Path) -> float | None:
     """The seconds that the cells took, without the start and the end of their kernel, as papermill wrote them."""
-    if not notebook.exists():
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (FileNotFoundError, ValueError):  # not begun, or cut by a full disk
         return None
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     return round(sum(cell["metadata"].get("papermill", {}).get("duration") or 0.0 for cell in cells), 3)

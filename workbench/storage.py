@@ -91,6 +91,11 @@ def json_in(path: Place, data: bytes, kind: type = dict) -> Any:
     return found
 
 
+def read_json(path: Place, kind: type = dict) -> Any:
+    """The JSON in a file. Raises FileNotFoundError where there is none, ValueError that names one that was damaged."""
+    return json_in(path, read(path), kind)
+
+
 def write(path: Place, data: bytes) -> None:
     """Write a file whole or not at all; one that is there is replaced."""
     if isinstance(path, Path):

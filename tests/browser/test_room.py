@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -15,25 +13,11 @@ PATIENCE_MS = 120_000  # for a first picture, on a busy machine
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory, demo: Callable[..., Any]) -> Iterator[str]:
     """Where `workbench demo` serves a desk of the organism, two visitors at a time."""
-    pytest.importorskip("solara", reason="what serves a room is not installed: pip install 'workbench[demo]'")
     folder = tmp_path_factory.mktemp("room")
-    words = ["-m", "workbench.cli", "demo", "steering", "--port", "0", "--visitors", "2"]
-    variables = os.environ | {"PYTHONPATH": str(root), "WORKBENCH_RUNS": str(folder / "runs")}
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *words], cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-    assert process.stdout is not None
-    try:
-        said = next((line for line in process.stdout if "the room is open" in line), "")
-        assert said, (folder / "log.txt").read_text()
-        yield said.split()[4]
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with demo(folder) as (_, address):
+        yield address
     assert not (folder / "runs").exists()
 
 

@@ -103,6 +103,8 @@ def test_json_that_is_no_plan_is_refused_in_words(changes: dict[str, Any], known
         Plan.from_json(data)
     except ValueError as error:
         assert str(error).startswith("Plan: ")
+    else:
+        assert known_format, "a format of another version is never read"
 
 
 @settings(max_examples=12)
@@ -166,6 +168,8 @@ def test_bits_and_lengths_that_do_not_pack_are_refused_in_words(bits: int, token
             call()
         except ValueError as error:
             assert "expected" in str(error)
+        else:
+            assert bits in BITS and tokens % (8 // bits) == 0
 
 
 @given(st.sampled_from(BITS), st.lists(st.floats(width=32), min_size=1, max_size=6))

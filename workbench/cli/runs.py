@@ -90,7 +90,7 @@ def show(arguments: argparse.Namespace) -> int:
     print(f"  started     {_when(record.started)} UTC, {_took(record.seconds) or '?'} s, on {facts.get('host', '?')}")
     _section("parameters", record.params)
     environment = run.folder / "environment.json"
-    _section("environment", _surroundings(json.loads(storage.read(environment))) if environment.exists() else {})
+    _section("environment", _surroundings(storage.read_json(environment)) if environment.exists() else {})
     if run.findings:
         print("findings", *(f"  {line}" for line in run.findings), sep="\n")
     artefacts = facts.get("artefacts", {})

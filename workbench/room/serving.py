@@ -175,7 +175,9 @@ def _solara(room: Room) -> Any:
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """A socket that listens. ValueError in words when somebody else does, or there is no such address."""
+    """A socket that listens. ValueError in words when somebody else does, or there is no such address or port."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"demo: got port {port}, expected 0 to 65535.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         opened = socket.socket(family)

@@ -7,7 +7,6 @@ began, how long it took, and what a result declares as its `clocks`.
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -171,4 +170,4 @@ def _named(run: Run) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return storage.read_json(path) if path.exists() else {}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
+from workbench.folder import figure_title
 from workbench.signature import unsigned
 
 
@@ -20,17 +21,10 @@ def figure_differences(
             yield from ((name, how) for how in _said(unsigned(first[name]), unsigned(second[name])))
 
 
-def title_of(figure: Mapping[str, Any]) -> str:
-    """The title of a figure's JSON data, in one line."""
-    title = figure.get("layout", {}).get("title") or {}
-    text = title.get("text") or "" if isinstance(title, Mapping) else title
-    return str(text).replace("<br>", " ")
-
-
 def _said(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
     if _text(one) == _text(other):
         return
-    titles = title_of(one), title_of(other)
+    titles = figure_title(one), figure_title(other)
     if titles[0] != titles[1]:
         yield f"titled {titles[0]!r} in the first, {titles[1]!r} in the second"
     traces = one.get("data", []), other.get("data", [])

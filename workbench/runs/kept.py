@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 from safetensors.numpy import load_file
 
+from workbench import storage
 from workbench.runs.tables import array_differences, table_differences
 
 MOST_ARRAYS = 3  # that are described one by one; a table says the same more readably
@@ -39,7 +40,7 @@ def result_differences(first: Path, second: Path) -> tuple[list[tuple[str, str]]
 
 def _said(first: Path, second: Path) -> Iterator[str]:
     """What differs between two saved results of one name."""
-    one, other = (json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in (first, second))
+    one, other = (storage.read_json(folder / "result.json") for folder in (first, second))
     if one["class"] != other["class"]:
         yield f"a {one['class']} in the first, a {other['class']} in the second"
     for name in sorted({*one["files"], *other["files"]}, key=lambda name: (name != "table", name)):  # the table first

@@ -5,11 +5,11 @@ What the runner added goes: the cell with the parameters put in, outputs, counts
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from workbench import storage
 from workbench.parameters import TAG
 
 INJECTED = "injected-parameters"  # papermill's tag
@@ -39,7 +39,7 @@ def code_of(path: Path) -> dict[int, str] | None:
     """Place in the notebook -> source of each code cell but the parameters; None without a notebook."""
     if not path.exists():
         return None
-    cells = source_of(json.loads(path.read_text(encoding="utf-8")))["cells"]
+    cells = source_of(storage.read_json(path))["cells"]
     return {
         place: "".join(cell["source"]).strip()
         for place, cell in enumerate(cells)

@@ -170,7 +170,7 @@ def moment(text: str) -> datetime:
 
 def _current(paths: list[Place]) -> Place:
     """Of several tables in one folder, as a kill in the middle of a save leaves them, the one that counts."""
-    record = json.loads(storage.read(paths[0].parent / "result.json"))
+    record = storage.read_json(paths[0].parent / "result.json")
     return paths[0].parent / record["files"]["table"]
 
 

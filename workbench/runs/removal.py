@@ -6,7 +6,6 @@ is removed under its lease. The manifest goes first, so that a kill in the middl
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -116,7 +115,7 @@ def _why(record: Record, before: datetime, other_code: bool) -> str:
 
 def _is_todays(record: Record) -> bool:
     """Whether the code of today would give a run this key. One whose notebook is gone can't be checked and stays."""
-    parts = (json.loads(storage.read(record.run.folder / "environment.json")).get("key_parts")) or {}
+    parts = storage.read_json(record.run.folder / "environment.json").get("key_parts") or {}
     if parts and parts["package"] != package_digest():
         return False
     notebook = Path(record.manifest.get("notebook", ""))

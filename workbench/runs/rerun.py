@@ -7,7 +7,6 @@ needed. The package and the libraries are those of today: where the outcome diff
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 
@@ -34,10 +33,10 @@ def rerun(run: Run, *, timeout: float | None = None, threads: int | None = None,
     if run.status == "running" or not executed.exists():
         reason = "is still running" if run.status == "running" else "stored no notebook"
         raise ValueError(f"rerun: {run.key} {reason}, expected a run that is over. Its command is: {run.command}")
-    then = json.loads(storage.read(run.folder / "environment.json")).get("variables", {}).get("OMP_NUM_THREADS")
+    then = storage.read_json(run.folder / "environment.json").get("variables", {}).get("OMP_NUM_THREADS")
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
         source = Path(folder, f"{run.notebook}.ipynb")
-        write_json(source, source_of(json.loads(storage.read(executed))))
+        write_json(source, source_of(storage.read_json(executed)))
         planned = dataclasses.replace(plan(source, run.params, runs=rerun_root(run)), command=run.command)
         again = planned.execute(
             force=True, timeout=timeout, threads=threads or (int(then) if then else None), progress=progress

@@ -95,9 +95,9 @@ class Runs:
     def _repr_html_(self) -> str:
         found = self._records()
         shown = found[-SHOWN:]
-        columns = ["key", "status", "seconds", *varying(found), "finding"]
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-        body = "".join(f"<tr>{''.join(f'<td>{_cell(record, name)}</td>' for name in columns)}</tr>" for record in shown)
+        params = varying(found)
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("key", "status", "seconds", *params, "finding"))
+        body = "".join(f"<tr>{_cells(record, params)}</tr>" for record in shown)
         title = f"<p><b>{html.escape(self.notebook or 'all notebooks')}</b>: {_counted(found)}"
         cut = f", the latest {SHOWN} below" if len(found) > SHOWN else ""
         return f"{title}{cut}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -112,7 +112,8 @@ def _counted(found: Sequence[Record]) -> str:
     return ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
 
 
-def _cell(record: Record, column: str) -> str:
-    facts = {"key": record.key, "status": record.status, "finding": next(iter(record.findings), "")}
-    facts["seconds"] = "" if record.seconds is None else f"{record.seconds:.1f}"
-    return html.escape(str(facts.get(column, record.params.get(column, ""))))
+def _cells(record: Record, params: Sequence[str]) -> str:
+    """One run as a row of a table in HTML."""
+    seconds = "" if record.seconds is None else f"{record.seconds:.1f}"
+    values = [record.key, record.status, seconds, *(record.params.get(name, "") for name in params)]
+    return "".join(f"<td>{html.escape(str(value))}</td>" for value in (*values, next(iter(record.findings), "")))

@@ -47,7 +47,14 @@ def over_seeds(table: pd.DataFrame, y: str, by: Sequence[str], seed: str = "seed
 
 
 def seeds_figure(table: pd.DataFrame, x: str, y: str, color: str | None = None, *, name: str = "") -> Figure:
-    """The figure of a table that `over_seeds` made: lines with bands over numbers, else points with whiskers."""
+    """The figure of a table that `over_seeds` made: lines with bands over numbers, else points with whiskers.
+
+    Raises ValueError for a table without rows, which comes of a column that is NaN everywhere.
+    """
+    if table.empty:
+        raise ValueError(
+            f"over seeds: {name}{y} is NaN in every row, expected a number somewhere. Show another column."
+        )
     n_known = int(np.isfinite(table["low"].to_numpy(dtype=np.float64)).sum())
     low, high = ("low", "high") if n_known else (None, None)
     title = _title(table, x, y, color, name)

@@ -72,8 +72,9 @@ def _how_far(a: np.ndarray, b: np.ndarray) -> str:
     far = relative_difference(a, b)
     if np.isnan(far).all():
         return "none of them finite in both"
-    place = int(np.nanargmax(far))
-    return f"at most by {far[place]:.2g} relative, {a[place]:.9g} and {b[place]:.9g}"
+    place, n_other = int(np.nanargmax(far)), int(np.isnan(far).sum())
+    other = f"; {n_other} of them not finite in both" if n_other else ""
+    return f"at most by {far[place]:.2g} relative, {a[place]:.9g} and {b[place]:.9g}{other}"
 
 
 def _equal(x: Any, y: Any) -> bool:

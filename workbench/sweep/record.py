@@ -48,14 +48,18 @@ class Sweep:
         return [Run(self.folder / row["key"]) for row in self.facts["runs"]]
 
     def table(self) -> pd.DataFrame:
-        """A row per run: its parameters, status, seconds, attempts, whether it was cached, kind of error, key."""
+        """A row per run: its parameters, status, seconds, attempts, whether it was cached, key, kind of error.
+
+        A parameter that is called like one of these comes as `param_<name>`.
+        """
         import pandas as pd
 
-        names = ("status", "seconds", "attempts", "cached", "key")
-        rows = [
-            row["params"] | {name: row[name] for name in names} | {"error": (row["error"] or {}).get("kind")}
-            for row in self.facts["runs"]
-        ]
+        rows = []
+        for row in self.facts["runs"]:
+            own = {name: row[name] for name in ("status", "seconds", "attempts", "cached", "key")}
+            own |= {"error": (row["error"] or {}).get("kind")}
+            given = {f"param_{name}" if name in own else name: value for name, value in row["params"].items()}
+            rows.append(given | own)
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
