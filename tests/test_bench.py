@@ -97,13 +97,16 @@ def test_a_failure_of_ours_or_of_the_check_is_told_apart_from_the_peers() -> Non
     assert rows_of(Match("w", "o", "t", raising(OSError("disk")), works), 1)[0]["failed"] == "ours"
     wrong = Match("w", "o", "t", works, works, check=lambda: (_ for _ in ()).throw(AssertionError("they differ")))
     assert rows_of(wrong, 1)[0]["failed"] == "the check"
+    for error, side in ((TypeError("ours, in the check"), "the check"), (Unavailable("no wheel"), "the peer")):
+        assert rows_of(Match("w", "o", "t", works, works, check=raising(error)), 1)[0]["failed"] == side
+    assert rows_of(Match("w", "o", "t", raising(AssertionError()), works), 1)[0]["failed"] == "ours"
 
 
 def test_words_stay_one_short_line() -> None:
     assert len(in_words(ValueError("a" * 500))) == 200 and in_words(ValueError()) == "ValueError: "
 
 
-def test_numbers_keep_three_digits() -> None:
+def test_numbers_keep_three_digits_or_two_and_a_power_of_ten() -> None:
     assert [short(x) for x in (0.012345, 1.2345, 12.345, 1234.5, 0, 1e-9)] == [
         "0.0123", "1.23", "12.3", "1,234", "0", "1.0e-09",
     ]  # fmt: skip
@@ -187,8 +190,6 @@ def test_the_table_is_put_between_its_markers_and_nowhere_else() -> None:
 
 def test_the_readmes_figures_are_those_of_the_parquet() -> None:
     text = README.read_text()
-    if OPENS not in text:
-        pytest.skip(f"README has no {OPENS} yet")
     assert readme_table.replaced(text, readme_table.markdown(pd.read_parquet(table.TABLE))) == text
 
 
@@ -200,6 +201,25 @@ def test_every_family_of_the_table_is_a_script_with_matches(root: Path) -> None:
 def test_a_family_whose_process_ends_early_becomes_a_row_in_words() -> None:
     [row] = table.family("no_such_family", quick=True)
     assert row["failed"] == "ours" and "No module named 'bench.no_such_family'" in str(row["note"])
+
+
+def test_a_family_that_takes_too_long_is_ended_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "LIMIT_S", 0.01)
+    [row] = table.family("capture", quick=True)
+    assert row["failed"] == "ours" and str(row["note"]).startswith("the process was ended after 0.01 s")
+
+
+def test_a_kill_while_the_table_is_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "table.parquet"
+    table.written([{"family": "hftp", "here": 1.0}], path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        table.written([{"family": "hftp", "here": 2.0}], path)
+    assert list(pd.read_parquet(path)["here"]) == [1.0] and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture

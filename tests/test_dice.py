@@ -47,6 +47,12 @@ def test_a_throw_is_the_hash_written_in_plain_integers(seed):
     assert found.tolist() == expected
 
 
+def test_a_seed_of_numpy_is_the_same_seed():
+    rows, positions = torch.arange(3), torch.arange(3)
+    for seed in (np.int64(7), np.uint8(7)):
+        assert torch.equal(uniform(seed, rows, positions, rows), uniform(7, rows, positions, rows))
+
+
 def test_the_stream_is_splitmix64():
     """Against its published first outputs from state 0."""
     words = workbench.dice._draw(torch.zeros(2, dtype=torch.int64), torch.arange(2))
@@ -188,6 +194,9 @@ def test_half_precision_logits_are_taken_as_they_are():
         (Dice(top_p=0.9), "got top_p=0.9 with sampler 'full', expected None"),
         (Dice(sampler="top_k", top_k=0), "got top_k=0"),
         (Dice(sampler="top_p", top_p=1.5), r"got top_p=1\.5"),
+        (Dice(seed=1.5), r"got seed 1\.5, expected a whole number"),
+        (Dice(temperature="hot"), "got temperature 'hot'"),
+        (Dice(sampler="top_k", top_k=2.5), r"got top_k=2\.5"),
     ],
 )
 def test_dice_that_make_no_sense_are_refused(dice, message):

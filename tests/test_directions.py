@@ -111,6 +111,20 @@ def test_a_mask_without_a_token_and_a_group_without_a_text_are_refused(
         difference_in_means(subject, *texts, SITE, tokens=(empty[0], empty[1]))
     with pytest.raises(ValueError, match="expected a list of at least one text"):
         difference_in_means(subject, [], texts[1], SITE)
+    with pytest.raises(ValueError, match="got 5, expected a list of at least one text"):
+        difference_in_means(subject, 5, texts[1], SITE)  # type: ignore[arg-type]
+
+
+def test_a_text_is_named_by_its_number_among_all(
+    subject: Subject, texts: tuple[list[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workbench.directions.AT_ONCE", 3)
+    group = [*texts[1][:4], texts[0][0].split()[0]]  # the last one is too short
+    with pytest.raises(ValueError, match="text 4 has 2 tokens, so it has no position 4"):
+        difference_in_means(subject, group, texts[1], SITE, tokens=4)
+    masks = [[place > 2 for place in range(n)] for n in subject.tokenize(group).lengths]
+    with pytest.raises(ValueError, match="the mask of text 4 marks no token"):
+        difference_in_means(subject, group, group, SITE, tokens=(masks, masks))
 
 
 # --- pairs

@@ -13,8 +13,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from workbench import Subject
+from workbench.files import write_json
 from workbench.parameters import TAG, declared
-from workbench.run import execute
+from workbench.run import Run, execute
+from workbench.studies.compressions import kinds
+from workbench.studies.cross import CrossStudy
+from workbench.studies.mechanisms import Fluency
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -111,7 +116,7 @@ def test_a_notebook_asserts_what_it_claims_and_keeps_what_it_found(notebook):
 @pytest.mark.parametrize("model", ["organism", "tiny:gpt2"])
 @each_notebook
 def test_a_notebook_runs_offline(notebook, model, tmp_path_factory, monkeypatch):
-    if model == "organism" and os.environ.get("CI"):  # where a browser is a must, and has opened it already
+    if model == "organism" and os.environ.get("CI"):  # where a browser is a must, and opens it as well
         pytest.skip("tests/browser/test_lab.py opens this notebook and runs all of it on the organism")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = execute(notebook, {"model": model}, runs=tmp_path_factory.mktemp("runs"), timeout=600)
@@ -125,3 +130,18 @@ def test_a_notebook_runs_on_a_real_model(name, tmp_path):
     model = Path(str(REAL)).resolve() / "models" / "stories260k"
     run = execute(ROOT / "notebooks" / f"{name}.ipynb", {"model": str(model)}, runs=tmp_path, timeout=900)
     assert run.status == "done", "\n".join([run.manifest["error"]["source"], *run.manifest["error"]["lines"]])
+
+
+def test_runs_of_a_sweep_are_gathered_without_those_of_other_settings_or_no_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("WORKBENCH_RUNS", str(tmp_path))
+    notebook, model = ROOT / "notebooks" / "90_compose.ipynb", "tiny:gpt2"
+    params = {name: one.default for name, one in declared(code_cells(notebook)[1].source).items()} | {"model": model}
+    for seed, scale, status in ((0, 1, "done"), (1, 1, "done"), (0, 2, "done"), (2, 1, "failed")):
+        study = CrossStudy((Fluency(4 * scale),), kinds(["random tokens"]), seeds=(seed,), floor=False)
+        run = Run.start("90_compose", **params | {"seed": seed, "scale": scale})
+        run.keep("cross", study.run(Subject.open(model)))
+        write_json(run.folder / "manifest.json", run.manifest | {"status": status})
+    run = execute(notebook, {"model": model, "gather": True}, runs=tmp_path, timeout=600)
+    assert run.status == "done", "\n".join(run.manifest["error"]["lines"])
+    assert run.results()["cross"].seeds == [0, 1]

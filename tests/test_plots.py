@@ -61,6 +61,11 @@ def test_groups_differ_in_colour_and_in_dash():
     assert chosen.data[0].line.color == plots.BLACK
 
 
+def test_rows_without_a_group_are_drawn_and_do_not_vanish():
+    figure = plots.scatter(TABLE.assign(who=["a", None, "a", "b", "b", None]), "x", "y", "who")
+    assert sum(len(trace.x) for trace in figure.data) == len(TABLE) and len(figure.data) == 3
+
+
 def test_whiskers_are_lengths_from_the_bar_to_the_interval():
     bar = DRAWN["bars"]().data[0]
     np.testing.assert_allclose(bar.error_y.array, [1.0, 0.5, 0.5])
@@ -78,11 +83,40 @@ def test_a_histogram_shows_shares():
     np.testing.assert_allclose(sum(counts[:-1]), 1.0)
 
 
+def test_logarithmic_axes_are_those_that_were_asked_for():
+    for draw in (plots.lines, plots.scatter):
+        layout = draw(TABLE, "x", "y", log_x=True).layout
+        assert (layout.xaxis.type, layout.yaxis.type) == ("log", None)
+    assert plots.bars(TABLE, "x", "y", log_y=True).layout.yaxis.type == "log"
+
+
+def test_heat_maps_beside_each_other_keep_their_names_their_values_and_their_scales():
+    maps = {name: plots.heatmap(TABLE, "x", "who", name, x_title="time (s)") for name in ("y", "low", "high")}
+    figure = plots.beside(maps, title="Up")
+    assert [note.text for note in figure.layout.annotations] == list(maps) and figure.layout.title.text == "Up"
+    for trace, alone in zip(figure.data, maps.values(), strict=True):
+        np.testing.assert_array_equal(trace.z, alone.data[0].z)
+    bars = [trace.colorbar.x for trace in figure.data]
+    assert bars == sorted(set(bars)), "each map has a scale of its own, right of it"
+    axes = [figure.layout[name] for name in ("xaxis", "xaxis2", "xaxis3")]
+    assert all(axis.type == "category" and axis.title.text == "time (s)" for axis in axes)
+    assert figure.layout.yaxis.title.text == "who" and figure.layout.yaxis3.autorange == "reversed"
+
+
+def test_a_figure_drawn_after_others_is_the_same():
+    before = plots.html_div(DRAWN["lines"]())
+    plots.beside({"a": DRAWN["heatmap"](), "b": DRAWN["heatmap"]()}).update_layout(
+        template={"layout": {"font": {"size": 40}}}
+    )
+    DRAWN["bars"]().layout.template.layout.font.size = 40
+    assert plots.html_div(DRAWN["lines"]()) == before, "figures share no template and no axes"
+
+
 def test_a_long_title_is_wrapped_and_gets_room():
     title = "A finding that goes on and on, " * 8
     figure = plots.lines(TABLE, "x", "y", title=title)
     rows = figure.layout.title.text.split("<br>")
-    assert len(rows) > 2 and max(map(len, rows)) <= 90
+    assert len(rows) > 2 and max(map(len, rows)) <= plots.TITLE_WIDTH
     assert figure.layout.margin.t > plots.lines(TABLE, "x", "y", title="Short").layout.margin.t
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,15 @@ def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
     assert same(again, result) and again.counts.dtype == result.counts.dtype and again.nothing is None  # type: ignore[attr-defined]
     assert again.finding == "a peaks at 4.0"
     assert not list(tmp_path.rglob("*.pkl")) and len(list(tmp_path.rglob("*.parquet"))) == 2
+
+
+def test_an_array_of_one_number_keeps_its_shape(tmp_path: Path) -> None:
+    result = replace(make(), counts=np.array(3.5))
+    again: Any = Result.load(result.save(tmp_path / "r"))
+    assert again.counts.shape == () and again.counts == 3.5
+    turned = replace(make(), counts=np.arange(6.0).reshape(2, 3).T)
+    again = Result.load(turned.save(tmp_path / "turned"))
+    np.testing.assert_array_equal(again.counts, turned.counts)
 
 
 def test_a_folder_that_holds_a_result_is_not_overwritten_unasked(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from workbench.stats import (
     benjamini_hochberg,
     bootstrap_interval,
     dice,
+    mean_intervals,
     permutation_p,
     resampling_weights,
     wilson_interval,
@@ -53,6 +54,11 @@ def test_a_permutation_p_value_counts_the_observation_itself_and_ties():
     null = np.array([[1.0], [2.0], [2.0], [3.0]])
     assert permutation_p(np.array([2.0]), null)[0] == (1 + 3) / 5
     assert permutation_p(np.array([9.0]), null)[0] == 1 / 5
+
+
+def test_an_observed_nan_is_no_test():
+    p = permutation_p(np.array([np.nan, 2.0]), np.array([[np.nan, 1.0], [np.nan, 3.0]]))
+    assert np.isnan(p[0]) and p[1] == 2 / 3, "the smallest p of all would make a discovery of what overflowed"
 
 
 def test_a_permutation_p_value_is_valid():
@@ -109,6 +115,12 @@ def test_z_scores_have_mean_zero_and_unit_spread_and_ignore_gaps():
     np.testing.assert_array_equal(z_score(np.full(4, 7.0)), np.zeros(4))
 
 
+def test_z_scores_of_equal_values_are_zero_whatever_the_sum_rounds_to():
+    assert np.full(3, 0.1).std() > 0, "the trap: the mean of three times .1 is not .1"
+    np.testing.assert_array_equal(z_score(np.full(3, 0.1)), np.zeros(3))
+    np.testing.assert_array_equal(z_score(np.array([7.0, np.nan, 7.0])), [0.0, np.nan, 0.0])
+
+
 def test_dice_is_one_for_equal_sets_zero_for_disjoint_ones_and_undefined_for_empty_ones():
     mask = np.array([True, True, False])
     assert dice(mask, mask) == 1.0
@@ -125,6 +137,17 @@ def test_a_weighted_bootstrap_draws_weights_with_their_items() -> None:
     even, plain = (bootstrap_interval(values, weights=w, seed=3) for w in (np.full(40, 7), None))
     np.testing.assert_allclose(even, plain)
     assert bootstrap_interval(values, weights=weights)[0] == pytest.approx(np.average(values, weights=weights))
+
+
+def test_resamples_that_draw_no_weight_are_left_out() -> None:
+    found = bootstrap_interval(np.array([[1.0, 3.0], [9.0, 9.0]]), weights=np.array([2.0, 0.0]))
+    np.testing.assert_array_equal(found, [[1.0, 3.0]] * 3)
+
+
+@pytest.mark.parametrize("group", [[0.0, 1.0], [-1, 0], []])
+def test_groups_that_are_no_numbers_from_zero_are_refused(group) -> None:
+    with pytest.raises(ValueError, match="mean_intervals: got"):
+        mean_intervals(np.ones(len(group)), np.array(group))
 
 
 def test_the_area_under_the_curve_equals_scikit_learn_with_ties() -> None:

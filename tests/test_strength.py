@@ -57,6 +57,21 @@ def test_a_target_beyond_a_plateau_is_said_to_be_out_of_reach(monkeypatch, subje
 
 
 @pytest.mark.filterwarnings("ignore:.*never")
+@pytest.mark.parametrize(("law", "words"), [(1e-9, "up to strength"), (1e9, "even at strength")])
+def test_what_was_not_looked_for_far_enough_is_not_said_to_be_out_of_reach(monkeypatch, subject, law, words):
+    _, make = curve(monkeypatch, subject, lambda s: law * s * s)
+    found = strength_for_kl(subject, make, PROMPTS, 0.5, max_evaluations=2)
+    assert not found.reached and found.note.startswith("not found in 2 evaluations") and words in found.note
+
+
+@pytest.mark.filterwarnings("ignore:.*never")
+def test_a_target_that_the_smallest_push_exceeds_is_said_to_be_out_of_reach(monkeypatch, subject):
+    _, make = curve(monkeypatch, subject, lambda s: 0.7)
+    found = strength_for_kl(subject, make, PROMPTS, 0.5, max_evaluations=60)
+    assert not found.reached and found.note.startswith("out of reach: even at strength")
+
+
+@pytest.mark.filterwarnings("ignore:.*never")
 def test_across_a_jump_the_closest_strength_is_kept_and_the_miss_is_said(monkeypatch, subject):
     asked, make = curve(monkeypatch, subject, lambda s: 0.1 if s < 3 else 0.7)
     found = strength_for_kl(subject, make, PROMPTS, 0.5, max_evaluations=14)
@@ -117,3 +132,5 @@ def test_bad_input_is_refused_in_words(subject, make, arguments, message):
 def test_a_position_that_a_prompt_lacks_is_refused(subject, make):
     with pytest.raises(ValueError, match="has no position 40"):
         strength_for_kl(subject, make, PROMPTS, 0.1, positions=(40,))
+    with pytest.raises(ValueError, match="got no positions"):
+        strength_for_kl(subject, make, PROMPTS, 0.1, positions=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -11,9 +12,12 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from workbench import Site, Steer, Subject
+from workbench.capture import _pick, collect
 from workbench.card import Check
 from workbench.organism import FOLDER
-from workbench.tokens import batches
+from workbench.reading import pooled
+from workbench.step import Step
+from workbench.tokens import Batch, batches, left_pad
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +177,8 @@ def test_open_understands_what_a_notebook_names() -> None:
         Subject.open("tiny:elephant")
     with pytest.raises(ValueError, match="got 'tiny:gpt2:x', expected tiny:FAMILY or tiny:FAMILY:SEED"):
         Subject.open("tiny:gpt2:x")
+    with pytest.raises(ValueError, match="got 'tiny:gpt2:²', expected tiny:FAMILY or tiny:FAMILY:SEED"):
+        Subject.open("tiny:gpt2:²")
 
 
 def test_a_model_in_training_mode_is_refused() -> None:
@@ -211,6 +217,9 @@ def test_no_texts_and_empty_texts_are_refused(subject: Subject) -> None:
             call([])
         with pytest.raises(ValueError, match="got one string, expected a list"):
             call("one text")
+        for wrong in (5, None, iter(["the"])):
+            with pytest.raises(ValueError, match=r"texts: got .*, expected a list of texts"):
+                call(wrong)
     with pytest.raises(ValueError, match="text 1 is empty"):
         subject.capture([[5, 6], []], [Site(0, "resid_out")])
     with pytest.raises(ValueError, match="text 0 has 1 token, expected at least two"):
@@ -241,7 +250,7 @@ def test_a_site_beyond_the_last_layer_and_no_site_are_refused(subject: Subject, 
         subject.capture(words[:2], [])
 
 
-@pytest.mark.parametrize("tokens", ["first", [[True]], [[True, False], [True]]])
+@pytest.mark.parametrize("tokens", ["first", [[True]], [[True, False], [True]], -1, [True, True], [["a"], ["b"]]])
 def test_a_wrong_token_selection_is_refused(subject: Subject, words: list[str], tokens: object) -> None:
     with pytest.raises(ValueError, match="capture: got"):
         subject.capture(words[:2], [Site(0, "neurons")], tokens=tokens)  # type: ignore[arg-type]
@@ -269,6 +278,26 @@ def test_a_mask_chooses_exactly_its_tokens(subject: Subject, words: list[str]) -
     torch.testing.assert_close(mean[site][0], every[site][:5].mean(0), rtol=1e-5, atol=1e-6)
     none = subject.capture(texts, [site], tokens=[[False] * 5, [False] * 3])
     assert none[site].shape == (0, 48)
+
+
+def test_a_number_at_padding_never_enters_a_mean() -> None:
+    """An overflow at a token that isn't there, as half precision gives, is no number of the text."""
+    mask = torch.tensor([[False, True, True]])
+    value = torch.tensor([[[torch.inf], [1.0], [3.0]]])
+    batch = Batch([0], torch.zeros(1, 3, dtype=torch.long), mask, torch.tensor([[0, 0, 1]]))
+    assert _pick(value, batch, [torch.arange(2)], True).tolist() == [[2.0]]
+    step = Step(batch.positions, mask, torch.tensor([2]))
+    assert pooled(value, step, "mean").tolist() == [[2.0]]
+
+
+def test_a_site_that_only_some_pieces_of_a_batch_reach_is_refused(subject: Subject, words: list[str]) -> None:
+    """What is left of it would be taken for the next batch."""
+    site, tokens = Site(1, "mlp_out"), subject.tokenize([" ".join(words[:3])])
+    batch = left_pad(tokens.ids, [0], pad=0, device=subject.device)
+    half = next(batch.pieces(2))
+    forwards = [(batch, lambda: subject.model(input_ids=half.ids))]
+    with pytest.raises(ValueError, match=r"capture: mlp_out@1 was reached by 2 of 4 tokens of a batch"):
+        collect(subject.model, subject.anatomy, [site], tokens, "all", iter(forwards), 1, progress=False)
 
 
 def test_a_progress_bar_waits_two_seconds_and_counts_batches(
@@ -325,6 +354,16 @@ def test_sampling_follows_the_model_s_probabilities(subject: Subject, words: lis
     statistic = float(((counts - expected)[likely] ** 2 / expected[likely]).sum())
     degrees = int(likely.sum()) - 1
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5, (statistic, degrees)  # mean + 4 sd of chi-square
+
+
+def test_padding_needs_no_token_that_the_model_knows(subject: Subject) -> None:
+    """A tokenizer may have got a padding token for which the model has no row."""
+    tokenizer = copy.deepcopy(subject.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[a token of its own]"})
+    wide = Subject(subject.model, tokenizer, name="wide", verify=False)
+    assert tokenizer.pad_token_id >= wide.anatomy.vocab
+    prompts = [[5, 6, 7], [8]]
+    assert wide.generate(prompts, max_new_tokens=4).ids == subject.generate(prompts, max_new_tokens=4).ids
 
 
 def test_tokens_are_streamed_as_they_come(subject: Subject, words: list[str]) -> None:

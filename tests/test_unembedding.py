@@ -77,6 +77,8 @@ def test_real_numbers_have_the_dense_top_tokens() -> None:
 def test_more_tokens_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="expected 1 to the number of tokens"):
         top_tokens(torch.zeros(1, 4), torch.zeros(5, 4), 6)
+    with pytest.raises(ValueError, match="got k=4, expected 1 to the number of tokens, 3"):
+        top_tokens(torch.zeros(1, 4), torch.zeros(5, 4), 4, allowed=torch.tensor([True, False, True, False, True]))
 
 
 def test_rows_without_a_token_and_special_tokens_are_no_words() -> None:

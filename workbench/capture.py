@@ -71,9 +71,15 @@ def chosen_tokens(tokens: Tokens, selection: Selection) -> list[Tensor]:
         if selection == "last":
             return [torch.tensor([length - 1]) for length in tokens.lengths]
         raise ValueError(f"capture: got tokens={selection!r}, expected 'all', 'last', 'mean' or a mask per text.")
-    masks = [torch.as_tensor(mask, dtype=torch.bool) for mask in selection]
-    if [len(mask) for mask in masks] != tokens.lengths:
-        got, expected = [len(mask) for mask in masks][:5], tokens.lengths[:5]
+    try:
+        masks = [torch.as_tensor(mask, dtype=torch.bool) for mask in selection]
+        lengths = [len(mask) for mask in masks]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"capture: got tokens={selection!r:.60}, expected 'all', 'last', 'mean' or a mask per text."
+        ) from None
+    if lengths != tokens.lengths:
+        got, expected = lengths[:5], tokens.lengths[:5]
         raise ValueError(f"capture: got masks of lengths {got}…, expected one per text of lengths {expected}….")
     return [mask.nonzero()[:, 0] for mask in masks]
 
@@ -125,6 +131,9 @@ def collect(
                 if site not in heard:
                     tap(site, _unheard(model, anatomy, site, batch))
             heard.clear()
+            for site, pieces in waiting.items():  # else they would be taken for the next batch
+                seen = sum(piece.shape[1] for piece in pieces)
+                raise ValueError(f"capture: {site} was reached by {seen} of {batch.ids.shape[1]} tokens of a batch.")
     return Capture({site: values[site] for site in at}, *describe_rows(tokens, wanted, mean))
 
 
@@ -153,7 +162,7 @@ def _pick(value: Tensor, batch: Batch, wanted: list[Tensor], mean: bool) -> Tens
     """The wanted rows of one batch's values (batch, seq, ...), in the order of `batch.rows`; always a copy."""
     if mean:
         weight = batch.mask.reshape(*batch.mask.shape, *(1,) * (value.dim() - 2)).to(value.device)
-        return (value.float() * weight).sum(1) / weight.sum(1)  # float32, padding out of numerator and denominator
+        return value.float().where(weight, 0.0).sum(1) / weight.sum(1)  # float32; padding may hold NaN: no weight of 0
     rows = torch.cat([torch.full((len(wanted[row]),), index) for index, row in enumerate(batch.rows)])
     columns = torch.cat([wanted[row] + start for row, start in zip(batch.rows, batch.starts, strict=True)])
     return value[rows.to(value.device), columns.to(value.device)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -63,16 +63,6 @@ class Card:
         for check in self.checks:
             lines.append(f"  {'✓' if check.passed else '✗'} {check.name:<68} {check.value:.1e}, {check.bound}")
         return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        """Name, shape, places of each kind in layer 0 and the checks, as JSON data."""
-        return {
-            "name": self.name,
-            "shape": self.anatomy.summary(),
-            "places": {kind: str(place) for kind, place in self.anatomy.places[0].items()},
-            "missing": dict(self.anatomy.missing[0]),
-            "checks": [vars(check) | {"passed": check.passed} for check in self.checks],
-        }
 
 
 def prove(subject: Subject) -> Card:

@@ -6,8 +6,10 @@ Sources: Chatzi et al., 2024 (arXiv 2409.17027): the counterfactual use; Steele 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import torch
@@ -77,16 +79,18 @@ class Dice:
         """ValueError for settings that make no sense."""
         if self.sampler not in SAMPLERS:
             raise ValueError(f"Dice: got sampler {self.sampler!r}, expected one of {', '.join(SAMPLERS)}.")
-        if not self.temperature >= 0 or self.temperature == float("inf"):
-            raise ValueError(f"Dice: got temperature {self.temperature}, expected 0 (greedy) or a positive number.")
+        if not isinstance(self.seed, Integral):
+            raise ValueError(f"Dice: got seed {self.seed!r}, expected a whole number.")
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"Dice: got temperature {self.temperature!r}, expected 0 (greedy) or a positive number.")
         for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
             if (value is None) == (self.sampler == name):
                 wanted = "a number" if value is None else "None"
                 raise ValueError(f"Dice: got {name}={value} with sampler {self.sampler!r}, expected {wanted}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"Dice: got top_k={self.top_k}, expected at least 1.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"Dice: got top_p={self.top_p}, expected a share above 0 and at most 1.")
+        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
+            raise ValueError(f"Dice: got top_k={self.top_k!r}, expected a whole number of at least 1.")
+        if self.top_p is not None and (not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1):
+            raise ValueError(f"Dice: got top_p={self.top_p!r}, expected a share above 0 and at most 1.")
 
     def log_probs(self, logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
         """Log-probabilities in float64 that the dice sample from, after temperature and truncation."""
@@ -147,7 +151,7 @@ def uniform(seed: int, rows: Tensor, positions: Tensor, ids: Tensor) -> Float[Te
 
     The integers are the same on every device. (k + 0.5) / 2^52 with 52 bits k: with 53 the largest would round to 1.
     """
-    word = torch.full_like(rows, _signed(seed % 2**64), dtype=torch.int64)
+    word = torch.full_like(rows, _signed(operator.index(seed) % 2**64), dtype=torch.int64)
     state = _draw(_draw(_draw(torch.zeros_like(word), word), rows.long()), positions.long())[:, None]  # (batch, 1)
     bits = _draw(state, ids.long()) >> 12  # (batch, n)
     return bits.bitwise_and_(2**52 - 1).double().add_(0.5).mul_(2.0**-52)

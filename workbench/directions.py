@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -217,23 +217,26 @@ def position_means(
     One forward per text for all sites and positions; the sums run, so memory does not grow with the texts.
     """
     sums: dict[Site, Tensor] = {}
-    for part in _groups(texts):
-        values = at_positions(subject, part, at, positions)
+    for first, part in _groups(texts):
+        values = at_positions(subject, part, at, positions, first=first)
         sums = {site: values[site].sum(0) + sums.get(site, 0.0) for site in at}
     return {site: total / len(texts) for site, total in sums.items()}
 
 
 def at_positions(
-    subject: Subject, texts: Texts, at: Sequence[Site], positions: Sequence[int]
+    subject: Subject, texts: Texts, at: Sequence[Site], positions: Sequence[int], *, first: int = 0
 ) -> dict[Site, Float[Tensor, "text position width"]]:
-    """Value of every text at each of the positions (negative ones from the end), in float64 on the CPU."""
+    """Value of every text at each of the positions (negative ones from the end), in float64 on the CPU.
+
+    first   the number of the first text where these are some of many: by it errors name them
+    """
     lengths = subject.tokenize(texts).lengths
     places = torch.tensor([[p if p >= 0 else n + p for p in positions] for n in lengths])  # (text, position)
     outside = ((places < 0) | (places >= torch.tensor(lengths)[:, None])).nonzero()
     if len(outside):
         text, position = outside[0].tolist()
         raise ValueError(
-            f"tokens: text {text} has {lengths[text]} tokens, so it has no position {positions[position]}. "
+            f"tokens: text {first + text} has {lengths[text]} tokens, so it has no position {positions[position]}. "
             "Positions count from 0, negative ones from the end, special tokens included."
         )
     masks = [
@@ -264,23 +267,26 @@ def _mean_value(
     if not isinstance(tokens, str) and len(tokens) != len(texts):
         raise ValueError(f"tokens: got {len(tokens)} masks for {len(texts)} texts, expected one each.")
     total = torch.zeros((), dtype=torch.float64)
-    for start, part in zip(range(0, len(texts), AT_ONCE), _groups(texts), strict=True):
-        rule = tokens if isinstance(tokens, str) else tokens[start : start + AT_ONCE]
+    for first, part in _groups(texts):
+        rule = tokens if isinstance(tokens, str) else tokens[first : first + len(part)]
         capture = subject.capture(part, [site], tokens=rule, progress=False)
-        total = total + _per_text(capture, site, len(part)).sum(0)
+        total = total + _per_text(capture, site, len(part), first).sum(0)
     return total / len(texts)
 
 
-def _per_text(capture: Capture, site: Site, n_texts: int) -> Float[Tensor, "text width"]:
+def _per_text(capture: Capture, site: Site, n_texts: int, first: int) -> Float[Tensor, "text width"]:
     """Mean over the captured tokens of each text; a text without any is refused, as it would count for zero."""
     values = capture[site].double().flatten(1)
     count = torch.bincount(capture.text, minlength=n_texts)
     if (count == 0).any():
-        raise ValueError(f"tokens: the mask of text {int(count.argmin())} marks no token, expected at least one.")
+        raise ValueError(
+            f"tokens: the mask of text {first + int(count.argmin())} marks no token, expected at least one."
+        )
     return values.new_zeros(n_texts, values.shape[1]).index_add_(0, capture.text, values) / count[:, None]
 
 
-def _groups(texts: Texts) -> Iterator[Texts]:
-    if isinstance(texts, str) or not len(texts):
+def _groups(texts: Texts) -> Iterator[tuple[int, Texts]]:
+    """The texts, a few at a time, each time with the number of the first."""
+    if isinstance(texts, str) or not isinstance(texts, Sized) or not len(texts):
         raise ValueError(f"texts: got {texts!r:.40}, expected a list of at least one text.")
-    return (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))
+    return ((first, texts[first : first + AT_ONCE]) for first in range(0, len(texts), AT_ONCE))

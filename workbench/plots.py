@@ -146,8 +146,8 @@ def heatmap(
     show_values  write the numbers into the cells; None: where there are at most 200 cells
     """
     columns, rows = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[y]))
-    grid = table.groupby([y, x], sort=False, observed=True)[value].mean().unstack()
-    grid = grid.reindex(index=rows, columns=columns)
+    means: Any = table.groupby([y, x], sort=False, observed=True)[value].mean()
+    grid = means.unstack().reindex(index=rows, columns=columns)
     shown = grid.size <= 200 if show_values is None else show_values
     scale = "Cividis_r" if midpoint is None else [[0.0, BLUE], [0.5, "#FFFFFF"], [1.0, VERMILLION]]
     cells = go.Heatmap(
@@ -171,12 +171,12 @@ def beside(figures: Mapping[str, go.Figure], *, title: str = "") -> go.Figure:
     """Heat maps of the same grid next to each other, each under its name and with its own scale of colours."""
     from plotly.subplots import make_subplots
 
-    made = make_subplots(1, len(figures), subplot_titles=list(figures), shared_yaxes=True, horizontal_spacing=0.16)
+    made: Any = make_subplots(1, len(figures), subplot_titles=list(figures), shared_yaxes=True, horizontal_spacing=0.16)
     for column, figure in enumerate(figures.values(), start=1):
         made.add_traces(figure.data, rows=1, cols=column)
         right = made.layout["xaxis" if column == 1 else f"xaxis{column}"].domain[1]
         made.data[-1].update(colorbar={"x": right + 0.005, "xanchor": "left", "thickness": 14})
-    first = next(iter(figures.values())).layout
+    first: Any = next(iter(figures.values())).layout
     made = laid_out(made, title, first.xaxis.title.text, "")
     made.update_layout(
         _axes(made, CELLS, DOWNWARDS),
@@ -221,7 +221,10 @@ def histogram(
     y_title: str | None = None,
     colors: Mapping[str, str] | None = None,
 ) -> go.Figure:
-    """Share of rows per bin, one outline per value of `color`; `level` draws a horizontal line to compare with."""
+    """Share of rows per bin, of those with a value inside `span`; one outline per value of `color`.
+
+    span    the values between which the bins lie; None: the smallest and the largest     level   a line to compare with
+    """
     values = table[x].to_numpy(dtype=float)
     finite = values[np.isfinite(values)]
     span = span or ((float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0))
@@ -266,11 +269,11 @@ def laid_out(
         for name, is_log in ((x_title, log_x), (y_title, log_y))
     )
     return figure.update_layout(  # all at once: every call validates and copies anew
+        _axes(figure, x_axis, y_axis),
         template=_template(),
         title={"text": "<br>".join(rows)},
         margin={"t": 34 + LINE_HEIGHT * max(1, len(rows)), "l": 70, "r": 30, "b": 60},
         height=380 + LINE_HEIGHT * len(rows),
-        **_axes(figure, x_axis, y_axis),
     )
 
 
@@ -332,7 +335,7 @@ def _groups(
     if color is None:
         yield "", table, PALETTE[0]
         return
-    for i, (name, rows) in enumerate(table.groupby(color, sort=False, observed=True)):
+    for i, (name, rows) in enumerate(table.groupby(color, sort=False, observed=True, dropna=False)):
         yield str(name), rows, (colors or {}).get(str(name), PALETTE[i % len(PALETTE)])
 
 

@@ -110,7 +110,7 @@ def pooled(value: Tensor, step: Step, tokens: Pooling) -> Tensor:
         return value[rows, last.long().argmax(-1).to(value.device)].float()
     weight = step.where("prompt").to(value.device)
     weight = weight.reshape(*weight.shape, *(1,) * (value.dim() - 2))
-    return (value.float() * weight).sum(1) / weight.sum(1)  # padding out of numerator and denominator
+    return value.float().where(weight, 0.0).sum(1) / weight.sum(1)  # padding may hold NaN: no weight of 0 will do
 
 
 def meets_first(read: Site, edited: Site) -> bool:

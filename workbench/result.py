@@ -76,7 +76,8 @@ class Result(ABC):
     @property
     def finding(self) -> str:
         """The finding in one sentence: the title of the default plot."""
-        return str(self.plot().layout.title.text or "").replace("<br>", " ")
+        layout: Any = self.plot().layout
+        return str(layout.title.text or "").replace("<br>", " ")
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write this result to `folder` and return it.
@@ -146,7 +147,7 @@ class Result(ABC):
             if item.name == "provenance" or not item.init:
                 continue
             if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-                arrays[item.name] = np.ascontiguousarray(value)
+                arrays[item.name] = np.asarray(value, order="C")
             elif isinstance(value, pd.DataFrame):
                 tables[item.name] = value
             else:

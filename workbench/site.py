@@ -50,7 +50,7 @@ class Site:
     def parse(cls, text: str) -> Site:
         """The site that prints as `text`, such as `neurons@12`."""
         kind, _, layer = text.partition("@")
-        if not layer.isdigit():
+        if not layer.isdecimal():
             raise ValueError(f"Site: got {text!r}, expected KIND@LAYER such as neurons@12.")
         return cls(int(layer), kind)  # type: ignore[arg-type]
 

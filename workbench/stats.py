@@ -39,12 +39,14 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
 def permutation_p(observed: np.ndarray, null: np.ndarray, axis: int = 0) -> np.ndarray:
     """One-sided p-values: the share of null values that reach the observed one, which counts itself.
 
-    The smallest possible value is 1 / (n_permutations + 1): mind it before correcting over many tests.
+    The smallest possible value is 1 / (n_permutations + 1): mind it before correcting over many tests. An observed NaN
+    is no test: its p-value is NaN.
     """
+    observed = np.asarray(observed, dtype=np.float64)
     # A tie must count as a tie: the same sum in another order differs by rounding.
-    bar = np.expand_dims(np.asarray(observed, dtype=np.float64), axis)
+    bar = np.expand_dims(observed, axis)
     reached = (null >= bar - 1e-12 * np.abs(bar)).sum(axis=axis)
-    return (1.0 + reached) / (1.0 + null.shape[axis])
+    return np.where(np.isnan(observed), np.nan, (1.0 + reached) / (1.0 + null.shape[axis]))
 
 
 def wilson_interval(
@@ -90,7 +92,8 @@ def bootstrap_interval(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(estimate, low, high) of the mean of `values` (n_items, ...) over items, by the percentile bootstrap.
 
-    `weights` (n_items,) are drawn together with their items: each resample is a weighted mean of its own.
+    `weights` (n_items,) are drawn together with their items: each resample is a weighted mean of its own, and one that
+    drew no weight is left out.
     `transform` turns means into the statistic, such as np.exp for perplexity from nats; it must work elementwise.
     One item gives an interval of no width, none is an error.
     """
@@ -108,8 +111,10 @@ def bootstrap_interval(
                 "item, none below 0 and one above it."
             )
         draws = draws * weights
-        draws = draws / draws.sum(axis=1, keepdims=True)
-    means = (draws @ values.reshape(len(values), -1)).reshape(n_bootstrap, *values.shape[1:])
+        total = draws.sum(axis=1, keepdims=True)
+        drew = total[:, 0] > 0
+        draws = draws[drew] / total[drew]
+    means = (draws @ values.reshape(len(values), -1)).reshape(len(draws), *values.shape[1:])
     estimate = np.average(values, axis=0, weights=weights)
     if transform is not None:
         means, estimate = transform(means), transform(estimate)
@@ -133,8 +138,11 @@ def mean_intervals(values: np.ndarray, group: np.ndarray, level: float = 0.95) -
     """(3, n_groups): `mean_interval` of the values of each group, which are numbered from 0; no group is empty."""
     values, group = np.asarray(values, dtype=np.float64), np.asarray(group)
     _check_level(level, "mean_intervals")
-    if values.shape != group.shape or values.ndim != 1:
-        raise ValueError(f"mean_intervals: got values {values.shape} of groups {group.shape}, expected (n,) of each.")
+    if values.shape != group.shape or values.ndim != 1 or group.dtype.kind not in "iu" or (group < 0).any():
+        raise ValueError(
+            f"mean_intervals: got values {values.shape} of groups {group.shape}, {group.dtype}, expected (n,) of each, "
+            "groups as whole numbers from 0."
+        )
     count = np.bincount(group)
     if not count.size or not count.all():
         raise ValueError(f"mean_intervals: got {count.size} groups, {(count == 0).sum()} of them empty; fill each.")
@@ -152,7 +160,9 @@ def z_score(values: np.ndarray) -> np.ndarray:
         raise ValueError(f"z_score: got {values.size} values, all of them NaN, expected at least one number.")
     centred = values - np.nanmean(values)
     spread = np.nanstd(values)
-    return np.zeros_like(values) if spread == 0 else centred / spread
+    if spread == 0 or np.nanmin(values) == np.nanmax(values):  # a rounded mean leaves equal values a spread
+        return np.where(np.isnan(values), np.nan, 0.0)
+    return centred / spread
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:

@@ -87,7 +87,7 @@ def strength_for_kl(
             high = middle
     strength, kl = min(tried, key=lambda pair: (abs(pair[1] - target_kl), pair[0]))
     reached = abs(kl - target_kl) <= tolerance * target_kl
-    note = "" if reached else _why_not(tried, target_kl, low, high)
+    note = "" if reached else _why_not(tried, target_kl, low, high, start, limit)
     return Strength(sign * strength, kl, target_kl, reached, len(tried), note)
 
 
@@ -95,6 +95,8 @@ def log_probs_at(
     subject: Subject, prompts: Sequence[str], positions: Sequence[int] = (-1,)
 ) -> Float[Tensor, "prompt position vocab"]:
     """Log-probabilities of the token after each of the positions of each prompt, float64 on the CPU."""
+    if not len(positions):
+        raise ValueError("strength: got no positions, expected at least one, such as (-1,) for the last token.")
     rows: dict[int, Tensor] = {}
     for row, ids, values in subject.predictions(prompts):
         outside = [p for p in positions if not -len(ids) <= p < len(ids)]
@@ -130,13 +132,17 @@ def _bracket(
     return low, high
 
 
-def _why_not(tried: list[tuple[float, float]], target: float, low: float | None, high: float | None) -> str:
-    largest = max(strength for strength, _ in tried)
+def _why_not(
+    tried: list[tuple[float, float]], target: float, low: float | None, high: float | None, start: float, limit: float
+) -> str:
+    smallest, largest = (end(strength for strength, _ in tried) for end in (min, max))
     most = max(kl for _, kl in tried)
+    far = largest >= limit if high is None else smallest < SMALLEST * start  # looked for as far as it goes
+    what = "out of reach" if far else f"not found in {len(tried)} evaluations"
     if high is None:
-        return f"out of reach: up to strength {largest:.3g} the KL is at most {most:.3g}, the target {target:g}"
+        return f"{what}: up to strength {largest:.3g} the KL is at most {most:.3g}, the target {target:g}"
     if low is None:
-        return f"out of reach: even at strength {min(s for s, _ in tried):.3g} the KL exceeds the target {target:g}"
+        return f"{what}: even at strength {smallest:.3g} the KL exceeds the target {target:g}"
     return f"not within the tolerance after {len(tried)} evaluations: the KL jumps between {low:.4g} and {high:.4g}"
 
 

@@ -147,7 +147,7 @@ class Subject:
             return cls.organism(twin=name != "organism", **options)
         if name.startswith("tiny:"):
             family, _, seed = name.removeprefix("tiny:").partition(":")
-            if not (seed or "0").isdigit():
+            if not (seed or "0").isdecimal():
                 raise ValueError(f"open: got {name!r}, expected tiny:FAMILY or tiny:FAMILY:SEED with a number as seed.")
             return cls.tiny(family, int(seed or 0), **options)
         return cls.load(name, **options)
@@ -258,13 +258,13 @@ class Subject:
 
     def nll(self, texts: Texts, *, special: bool = True, cut: bool = False) -> Tensor:
         """(text,) mean negative log-likelihood in nats per token, over the tokens that have one before them."""
-        values = torch.full((len(texts),), torch.nan, dtype=torch.float64)
+        values: dict[int, float] = {}
         for row, ids, logprobs in self.predictions(texts, special=special, cut=cut):
             if len(ids) < 2:
                 raise ValueError(f"nll: text {row} has {len(ids)} token, expected at least two.")
             following = torch.tensor(ids[1:], device=logprobs.device)
-            values[row] = -logprobs[:-1].gather(1, following[:, None]).double().mean()
-        return values
+            values[row] = -float(logprobs[:-1].gather(1, following[:, None]).double().mean())
+        return torch.tensor([values[row] for row in range(len(values))], dtype=torch.float64)
 
     @torch.no_grad()
     def generate(
@@ -496,7 +496,7 @@ class Subject:
     def pad_id(self) -> int:
         """The token id that fills padding; its value never matters, as padding is masked everywhere."""
         pad = self.tokenizer.pad_token_id
-        return pad if isinstance(pad, int) else 0
+        return pad if isinstance(pad, int) and pad < self.anatomy.vocab else 0  # a tokenizer may know more tokens
 
     def _end_ids(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else None

@@ -22,7 +22,7 @@ def swap(module: nn.Module, name: str, new: Any, undo: ExitStack) -> None:
         raise ValueError(
             f"swap: {name!r} of {type(module).__name__} is a module, expected a Parameter or an attribute."
         )
-    held = module._parameters if name in module._parameters else vars(module)
+    held = next((part for part in (module._parameters, module._buffers) if name in part), vars(module))
     old = held.get(name, _ABSENT)
     setattr(module, name, new)
     if old is _ABSENT:

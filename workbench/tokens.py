@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,8 @@ def tokenize(
     """
     if isinstance(texts, str):
         raise ValueError(f"texts: got one string, expected a list of texts. Write [{texts[:30]!r}].")
+    if not isinstance(texts, Sized):
+        raise ValueError(f"texts: got {texts!r:.40}, expected a list of texts.")
     if len(texts) == 0:
         raise ValueError("texts: got an empty list, expected at least one text.")
     made = [_encode(tokenizer, text, special, vocab) for text in texts]

@@ -114,7 +114,7 @@ def norm_weight(norm: nn.Module, like: Tensor) -> Float[Tensor, " d_model"]:
     probe = torch.ones(width)
     probe[1::2] = -1.0
     if width % 2:  # the last three sum to 0 as well
-        probe[-3:] = torch.tensor([1.0, 1.0, -2.0]) if probe[:-3].sum() == 0 else torch.tensor([1.0, -2.0, 1.0])
+        probe[-3:] = torch.tensor([1.0, 1.0, -2.0])
     weight = next(norm.parameters(), like)
     probe = probe.to(weight.device, weight.dtype)
     rms = probe.float().square().mean().sqrt()
@@ -136,8 +136,9 @@ def top_tokens(
     negated   also those of each vector times -1, from the same products: both answers are then (2, n, k)
     Streams over the vocabulary and the vectors: never more than (at_once, chunk) products at a time; on CUDA none.
     """
-    if not 1 <= k <= (rows.shape[0] if allowed is None else int(allowed.sum())):
-        raise ValueError(f"top_tokens: got k={k}, expected 1 to the number of tokens, {rows.shape[0]}.")
+    n_tokens = rows.shape[0] if allowed is None else int(allowed.sum())
+    if not 1 <= k <= n_tokens:
+        raise ValueError(f"top_tokens: got k={k}, expected 1 to the number of tokens, {n_tokens}.")
     by_kernel = fused.top_tokens(vectors, rows, k, allowed=allowed, negated=negated)
     if by_kernel is not None:
         return by_kernel

@@ -1,7 +1,7 @@
 """Values to JSON and back: what makes settings printable, comparable and saved with every result.
 
 A value is a frozen dataclass whose fields are scalars, strings, tuples, mappings, arrays or other values.
-Arrays travel as base64 of their little-endian bytes, so that a round trip is exact to the bit.
+Arrays travel as base64 of their bytes, beside dtype and shape, so that a round trip is exact to the bit.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def encode(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return {"tensor": _pack(value), "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
     if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:  # its bytes are addresses
+            raise TypeError("encode: got an array of objects, expected numbers or text of a fixed width. Give a tuple.")
         data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
         return {"array": data, "dtype": value.dtype.str, "shape": list(value.shape)}
     if isinstance(value, np.generic):
