@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from workbench.environment import cpu_model, git_state, n_cpus
+from workbench.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -63,5 +64,5 @@ def record(name: str, rows: list[dict[str, object]]) -> Path:
     """Write the rows, with the machine in every one, to bench/results/<name>.parquet."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.parquet"
-    pd.DataFrame([row | machine() for row in rows]).to_parquet(path, index=False)
+    write_atomically(path, pd.DataFrame([row | machine() for row in rows]).to_parquet(index=False))
     return path

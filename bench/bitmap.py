@@ -96,7 +96,7 @@ def compared(folder: Path, megabytes: int, name: str, dtype: torch.dtype, share:
             "share_of_zeros": share,
             "bytes": size,
         }
-        rows.append(facts | {"bytes": size, "warm_ms": 1e3 * warm, "cold_ms": 1e3 * cold} | computed)
+        rows.append(facts | {"warm_ms": 1e3 * warm, "cold_ms": 1e3 * cold} | computed)
     told = {key: rows[1][key] / rows[0][key] for key in rows[0] if key.endswith(("_ms", "bytes"))}  # type: ignore[operator]
     peak = peak_tensors(model, paths["bitmap"], next(iter(tensors.values())).nbytes)
     rows[1]["peak_tensors"] = peak

@@ -37,8 +37,9 @@ from workbench.warm import WarmKernels
 
 ROUNDS = 7
 AT_ONCE = 8
+BARE = "a new interpreter"
 IMPORTS = {
-    "a new interpreter": "pass",
+    BARE: "pass",
     "import the runner": "import workbench.run",
     "import papermill, on the first run": "import papermill",
     "import an empty kernel": "import ipykernel.kernelapp",
@@ -61,8 +62,9 @@ def import_rows() -> list[Row]:
         for name, code in IMPORTS.items()
     }
     seconds = medians(rivals, repeats=ROUNDS)
-    bare = seconds["a new interpreter"]
-    return [{"what": name, "seconds": spent - bare * (spent is not bare)} for name, spent in seconds.items()]
+    bare = seconds.pop(BARE)
+    rows: list[Row] = [{"what": name, "seconds": spent - bare} for name, spent in seconds.items()]
+    return [{"what": BARE, "seconds": bare}, *rows]
 
 
 def part_rows(trivial: Path, runs: Path, warm: WarmKernels) -> list[Row]:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench._match import short
 from bench._timing import ROOT
 from bench.table import TABLE
+from workbench.files import write_atomically
 
 OPENS, CLOSES = "<!-- bench -->", "<!-- /bench -->"
 README = ROOT / "README.md"
@@ -29,7 +30,7 @@ def main(show: bool) -> None:
     if show:
         print(made)
     else:
-        README.write_text(replaced(text, made))
+        write_atomically(README, replaced(text, made).encode())
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -28,9 +28,12 @@ from typing import Any
 
 import nbformat
 import psutil
-from _timing import record
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.async_api import Browser, Page, async_playwright  # pyright: ignore[reportMissingImports]
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench._timing import record
 
 DESK = "from workbench import Subject\nfrom workbench.widgets.steering import SteeringDesk\n"
 DESK += "SteeringDesk(Subject.organism()).face()"

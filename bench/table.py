@@ -14,7 +14,7 @@ import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from threading import Timer
+from threading import Event, Timer
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ import pandas as pd
 from bench._match import Row, short
 from bench._timing import RESULTS, ROOT, machine
 from bench.peers import FOLDER, variables
+from workbench.files import write_atomically
 
 FAMILIES = (
     *("capture", "hftp", "average_precision", "snmf", "neuron_tokens", "logit_lens", "steering", "kv_cache"),
@@ -33,7 +34,7 @@ TABLE, QUICK_TABLE = RESULTS / "table.parquet", FOLDER / "quick.parquet"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run, print and write the table; 1 where this project's own side failed, 0 where at most peers did."""
+    """Run, print and write the table; 1 where this project's own side or a check failed, 0 where at most peers did."""
     parser = ArgumentParser("python -m bench", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds; written beside the peers only")
     parser.add_argument("--only", nargs="+", choices=FAMILIES, metavar="NAME", help=" ".join(FAMILIES))
@@ -63,8 +64,14 @@ def family(name: str, quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryFile("w+") as said:
         pipes = {"stdout": subprocess.PIPE, "stderr": said, "text": True}
         process = subprocess.Popen([*command, *(["--quick"] if quick else [])], cwd=ROOT, env=variables(), **pipes)
+        late = Event()
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
         with process:
-            timer = Timer(LIMIT_S, process.kill)
+            timer = Timer(LIMIT_S, stop)
             timer.start()
             try:
                 assert process.stdout is not None
@@ -74,7 +81,8 @@ def family(name: str, quick: bool) -> Iterator[Row]:
         if process.returncode:
             said.seek(0)
             lines = said.read().strip().splitlines() or ["no word"]
-            note = f"the process ended with status {process.returncode}: {lines[-1]}"
+            end = f"was ended after {LIMIT_S:g} s" if late.is_set() else f"ended with status {process.returncode}"
+            note = f"the process {end}: {lines[-1]}"
             yield {"what": name, "name": "", "peer": "", "failed": "ours", "note": note[:200]}
 
 
@@ -100,5 +108,5 @@ def written(rows: list[Row], path: Path) -> Path:
         order = np.argsort([FAMILIES.index(name) for name in kept["family"]], kind="stable")
         table = kept.iloc[order].reset_index(drop=True)
     path.parent.mkdir(exist_ok=True)
-    table.to_parquet(path, index=False)
+    write_atomically(path, table.to_parquet(index=False))
     return path

@@ -22,6 +22,6 @@ def serve(**jobs: Callable[..., Callable[[], Any]]) -> None:
                 asked = json.loads(line)
                 prepared[line] = jobs[asked["job"]](**asked["arguments"])
             answer = {"answer": prepared[line]()}
-        except Exception as error:  # the bench writes it into the table; the next question may go well
+        except Exception as error:  # everything: it is the answer, which the table tells in words; the next may go well
             answer = {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
         answers.write(json.dumps(answer) + "\n")

@@ -21,7 +21,7 @@ DEFAULT = HERE.parents[1] / "build" / "reference"
 
 
 def modules() -> list[str]:
-    """Every module of the package but those that are commands or private, the menu first."""
+    """Every module of the package but private ones and `__main__`, the menu first."""
     found = [module.name for module in pkgutil.walk_packages(workbench.__path__, "workbench.")]
     return ["workbench", *(name for name in found if not name.rpartition(".")[2].startswith("_"))]
 
