@@ -1,4 +1,4 @@
-"""A room of visitors: memory of the server, time to the first picture, and time of one step of a slider.
+"""A room of visitors: memory of the server, also once they left, time to the first picture, and of a slider's step.
 
     python bench/room.py [--visitors 10] [--voila PYTHON]
 
@@ -39,6 +39,7 @@ DESK = "from workbench import Subject\nfrom workbench.widgets.steering import St
 DESK += "SteeringDesk(Subject.organism()).face()"
 PATIENCE_MS = 600_000
 N_STEPS = 4
+GONE_S = 20  # after the last has left: a room forgets after ten
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -121,6 +122,8 @@ async def measure(name: str, url: str, pid: int, n_visitors: int, require_js: Pa
             key, layer = (("ArrowRight", 4), ("ArrowLeft", 3))[turn % 2]
             steps += await asyncio.gather(*(step(page, key, layer) for page, _ in came))
         await browser.close()
+    await asyncio.sleep(GONE_S)
+    row["left_mb"] = pss_mb(pid)
     return row | {"step_median_s": statistics.median(steps), "step_worst_s": max(steps)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,15 +45,17 @@ def organism() -> Subject:
 
 @pytest.fixture(scope="session")
 def demo(root: Path) -> Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]]:
-    """Serves the steering desk to two visitors: `with demo(folder, *options) as (process, address)`.
+    """Serves desks to two visitors: `with demo(folder, *options, desks=("steering",)) as (process, address)`.
 
     The folder is where it works, its home and its place for temporary files; the process is killed when the block ends.
     """
 
     @contextmanager
-    def serve(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    def serve(
+        folder: Path, *options: str, desks: Sequence[str] = ("steering",)
+    ) -> Iterator[tuple[subprocess.Popen[str], str]]:
         pytest.importorskip("solara", reason="what serves a room is not installed: pip install 'workbench[demo]'")
-        words = ["-m", "workbench.cli", "demo", "steering", "--port", "0", "--visitors", "2", *options]
+        words = ["-m", "workbench.cli", "demo", *desks, "--port", "0", "--visitors", "2", *options]
         own = {
             "PYTHONPATH": str(root),
             "WORKBENCH_RUNS": str(folder / "runs"),

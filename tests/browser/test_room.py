@@ -55,3 +55,21 @@ def test_two_visitors_move_their_own_desks_and_a_third_waits(
     third.wait_for_timeout(500)
     third.reload()
     assert picture(third) == second
+
+
+def test_every_desk_of_a_room_draws_its_own_picture(
+    tmp_path: Path, demo: Callable[..., Any], page: Callable[..., Page], screenshot: Callable[..., Path], troubles: Any
+) -> None:
+    troubles.expected.append("^console: Could not send widget sync message")  # of a page that is just being left
+    with demo(tmp_path, desks=()) as (_, address):
+        index = page()
+        index.goto(address)
+        names = index.get_by_role("link").all_text_contents()
+        assert {"steering", "cache", "pruning", "neuron", "lens", "dice", "compose"} <= set(names)
+        titles = set()
+        for name in names:
+            index.goto(f"{address}/{name}")
+            titles.add(picture(index))
+            screenshot(index, f"room_{name}", full_page=True)
+        index.close()
+    assert len(titles) == len(names)
