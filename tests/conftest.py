@@ -29,6 +29,13 @@ name: str = "a"  # of what
 many: bool = False  # more of it"""
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws without a seed of its own is the same in every run."""
+    if "torch" in sys.modules:  # many tests need none
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The project's folder."""

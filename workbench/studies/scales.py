@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workbench.methods.snmf.factorise import matched_cosines
 
-N_SHUFFLES = 5
+N_SHUFFLES = 20
 
 
 def above_chance(before: float, after: float, chance: float = 0.0) -> float:
@@ -43,10 +43,10 @@ def overlap_above_chance(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def features_above_chance(before: Tensor, after: Tensor, seed: int = 0) -> float:
-    """Mean cosine of features (neuron, feature), matched one to one; 0 where only their shapes are alike."""
+    """Mean cosine of features (neuron, feature), matched one to one, sign included: 0 where only shapes are alike."""
     draw = torch.Generator().manual_seed(seed)
     shuffled = [after[torch.randperm(len(after), generator=draw)] for _ in range(N_SHUFFLES)]
-    by_chance = float(np.mean([float(matched_cosines(before, one).abs().nanmean()) for one in shuffled]))
+    by_chance = float(np.mean([float(matched_cosines(before, one).nanmean()) for one in shuffled]))
     return (float(matched_cosines(before, after).nanmean()) - by_chance) / (1.0 - by_chance)
 
 
