@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import nbformat
 import psutil
@@ -62,7 +63,7 @@ def serving(command: list[str], url: str) -> Iterator[int]:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            while not _answers(url):
+            while not _answers(urljoin(url, "/nothing")):  # Voila would start a kernel for the page itself
                 assert process.poll() is None, f"{command[0]} ended before it served anything"
                 time.sleep(0.2)
             yield process.pid
