@@ -269,6 +269,8 @@ def test_runs_of_a_sweep_gather_to_the_study_they_are_parts_of(small):
     whole = gathered([*parts, parts[0]])
     assert whole.seeds == [0, 1]
     pd.testing.assert_frame_equal(whole.summary(), small.summary())
+    nearly = replace(small, facts=facts.assign(kept=facts["kept"] + 1e-7))  # as other numbers of threads give
+    pd.testing.assert_frame_equal(gathered([small, nearly]).summary(), small.summary())
 
 
 def test_gathering_refuses_other_models_and_contradictions(small):
@@ -276,6 +278,8 @@ def test_gathering_refuses_other_models_and_contradictions(small):
         gathered([small, replace(small, fingerprint="0" * 16, model="another")])
     with pytest.raises(ValueError, match="different settings or versions"):
         gathered([small, replace(small, facts=small.facts.assign(kept=0.5))])
+    with pytest.raises(ValueError, match="different settings or versions"):
+        gathered([small, replace(small, facts=small.facts.assign(kept=np.nan))])
     with pytest.raises(ValueError, match="at least one run"):
         gathered([])
 
