@@ -4,46 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
+from plain_desk import HOSTILE, Plain
 
 from workbench import Subject, plots
-from workbench.widgets.controls import Choice, Control, Slider, Text
-from workbench.widgets.desk import Desk
-from workbench.widgets.picture import Fact, Pane, Picture
-
-HOSTILE = "</script><script>alert(1)</script>"
-
-
-@dataclass(frozen=True)
-class Plain(Desk):
-    """A desk without a model's work; size 2 can't be shown as lines."""
-
-    kind: str = "bars"
-    size: int = 1
-    words: str = HOSTILE
-
-    notebook = "99_plain_desk"
-    question = "How large?"
-
-    def controls(self) -> tuple[Control, ...]:
-        kinds = Choice("kind", "kind", options=("bars", "lines"))
-        return kinds, Slider("size", "size", low=0, high=4, step=1), Text("words", "words")
-
-    @classmethod
-    def grid(cls) -> tuple[str, ...]:
-        return "kind", "size"
-
-    def picture(self) -> Picture:
-        if (self.kind, self.size) == ("lines", 2):
-            raise ValueError("size 2 can't be drawn as lines. Choose another.")
-        draw = plots.bars if self.kind == "bars" else plots.lines
-        figure = draw(pd.DataFrame({"x": [0, 1], "y": [0, self.size]}), "x", "y", title=f"{self.kind} {self.size}")
-        return Picture(figure, (Pane("words", ((self.words, ""),)),), facts=(Fact("size", self.size),), code="f()")
+from workbench.widgets.controls import Control
 
 
 @pytest.fixture

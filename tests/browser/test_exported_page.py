@@ -4,42 +4,13 @@ the place."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import pytest
+from plain_desk import HOSTILE, Plain
 from playwright.sync_api import Page, expect
 
-from workbench import Subject, plots
-from workbench.widgets.controls import Choice, Control, Slider
-from workbench.widgets.desk import Desk
-from workbench.widgets.picture import Fact, Picture
-
-
-@dataclass(frozen=True)
-class Plain(Desk):
-    """A desk without a model's work; size 2 can't be shown as lines."""
-
-    kind: str = "bars"
-    size: int = 1
-
-    notebook = "99_plain_desk"
-    question = "How large?"
-
-    def controls(self) -> tuple[Control, ...]:
-        return Choice("kind", "kind", options=("bars", "lines")), Slider("size", "size", low=0, high=4, step=1)
-
-    @classmethod
-    def grid(cls) -> tuple[str, ...]:
-        return "kind", "size"
-
-    def picture(self) -> Picture:
-        if (self.kind, self.size) == ("lines", 2):
-            raise ValueError("size 2 can't be drawn as lines. Choose another.")
-        draw = plots.bars if self.kind == "bars" else plots.lines
-        figure = draw(pd.DataFrame({"x": [0, 1], "y": [0, self.size]}), "x", "y", title=f"{self.kind} {self.size}")
-        return Picture(figure, facts=(Fact("size", self.size, "units"),))
+from workbench import Subject
 
 
 @pytest.fixture
@@ -54,6 +25,18 @@ def test_a_page_opens_where_the_desk_stood(desk: Plain, page: Callable[..., Page
         expect(tab.locator(".gtitle")).to_have_text("bars 3")
         expect(tab.locator("output").last).to_have_text("3")
         expect(tab.locator("#rest")).to_contain_text("3 units")
+
+
+def test_a_text_with_a_script_in_it_is_shown_and_not_run(
+    desk: Plain, page: Callable[..., Page], tmp_path: Path
+) -> None:
+    tab, alerts = page(), []
+    tab.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
+    tab.goto(desk.export_html(tmp_path / "desk.html").as_uri())
+    tab.get_by_role("slider").focus()
+    tab.keyboard.press("ArrowRight")  # a picture put in by the page's own script, too
+    expect(tab.locator("#rest")).to_contain_text("4 units")
+    assert HOSTILE in (tab.locator("#rest").text_content() or "") and not alerts
 
 
 def test_its_controls_move_by_keyboard_and_its_address_keeps_the_place(
